@@ -50,16 +50,10 @@ class _FileReading:
                 yield entry
             self._check_open()
 
-    async def _open_file(self, path: str, *, read_only: bool = False) -> tuple[str, Owner | None]:
-        """Open the file, and return the journal's id and owner."""
+    async def _open_file(self, path: str, *, read_only: bool = False) -> None:
         self._thread = anyio.CapacityLimiter(1)
         make = partial(JournalFile, path, read_only=read_only)
         self._file = await run_in_thread(make, limiter=self._thread, undo=JournalFile.close)
-        try:
-            return await self._in_thread(self._file.owner)
-        except BaseException:
-            await complete(self._close)
-            raise
 
     async def _close(self) -> None:
         await self._in_thread(self._file.close)
@@ -78,8 +72,8 @@ class SqliteReader(_FileReading):
         self._path = os.path.realpath(path)
 
     async def __aenter__(self) -> Self:
-        self.id, self.owner = await self._open_file(self._path, read_only=True)
-        self.problem = self._file.problem
+        await self._open_file(self._path, read_only=True)
+        self.id, self.owner, self.problem = self._file.id, self._file.owner, self._file.problem
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -118,7 +112,8 @@ class SqliteJournal(_FileReading, GroupCommitJournal):
         return SqliteJournal(f"{self._name}-inbox")
 
     async def _open(self) -> None:
-        self._id, self.owner = await self._open_file(self._name)
+        await self._open_file(self._name)
+        self._id, self.owner = self._file.id, self._file.owner
 
     def _check_open(self) -> None:
         self._check_usable()

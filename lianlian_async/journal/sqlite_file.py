@@ -9,7 +9,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,13 +39,8 @@ _ADVICE: Final = {
     sqlite3.SQLITE_NOTADB: "the file is not a journal, and was not changed; name another file",
     sqlite3.SQLITE_READONLY: "the file and its folder must be writable",
 }
-_ERRNO: Final = {
-    errno.EACCES: sqlite3.SQLITE_CANTOPEN,
-    errno.EISDIR: sqlite3.SQLITE_CANTOPEN,
-    errno.ENOENT: sqlite3.SQLITE_CANTOPEN,
-    errno.ENOSPC: sqlite3.SQLITE_FULL,
-    errno.EROFS: sqlite3.SQLITE_CANTOPEN,
-}
+_CANNOT_OPEN: Final = (errno.EACCES, errno.EISDIR, errno.ENOENT, errno.EROFS)
+_ERRNO: Final = dict.fromkeys(_CANNOT_OPEN, sqlite3.SQLITE_CANTOPEN) | {errno.ENOSPC: sqlite3.SQLITE_FULL}
 
 
 class _DamagedRowError(Exception):
@@ -92,7 +87,9 @@ class JournalFile:
             """The rowid of the newest entry."""
             paths = self._path, owner_path, self._log_path
             self._files = {path: path.stat() for path in paths if path.exists()}
-            self._is_acting, recorded, restored, evidence = json.loads(self._value(sql.STATUS))
+            self.id, *owner, self._is_acting, recorded, restored, evidence = json.loads(self._value(sql.STATUS))
+            self.owner = None if owner[0] is None else Owner(*owner)
+            """The owner; None if the journal is not bound yet."""
             self.problem = self._problem(recorded or identity, identity, has_log=has_log)
             """Why this file is not opened for writing, and what to do; empty if it is opened."""
             if not read_only:
@@ -135,17 +132,12 @@ class JournalFile:
         is_lost = recorded.endswith(sql.IN_WAL) and not has_log
         return f"{self._log_path} is missing or empty and, {_LOST}" if is_lost else ""
 
-    def owner(self) -> tuple[str, Owner | None]:
-        """Return the journal's id and its owner, which is None if the journal is not bound yet."""
-        with self._errors():
-            journal_id, oid_partner, apply_url = json.loads(self._value(sql.OWNER))
-        return journal_id, None if oid_partner is None else Owner(oid_partner, apply_url)
-
     def bind(self, owner: Owner) -> None:
         """See :meth:`.interface.Journal.bind`."""
         with self._lock, self._errors():
-            if owner.confirm(self.owner()[1], str(self._path)) != self.owner()[1]:
+            if owner.confirm(self.owner, str(self._path)) != self.owner:
                 self._connection.execute(sql.BIND, (owner.oid_partner, owner.apply_url))
+                self.owner = owner
 
     def begin_acting(self) -> None:
         """See :meth:`.interface.Journal.begin_acting`."""
@@ -211,12 +203,7 @@ class JournalFile:
             after = before.copy()
             results = perform(operations, after, is_acting=self._is_acting)
             changed = [entry for no_refund, entry in after.items() if entry is not before.get(no_refund)]
-            rowids = self._save(changed, known)
-            for rowid, entry in zip(rowids, changed, strict=True):
-                if entry.holder is None:
-                    self._leased.pop(entry.no_refund, None)
-                else:
-                    self._leased[entry.no_refund] = rowid, entry
+            self._save(changed, known)
             self._check_in_place()  # again, because it may have been replaced during the write
         return results
 
@@ -288,9 +275,9 @@ class JournalFile:
             history=history,
         )
 
-    def _save(self, changed: Sequence[Entry], known: Mapping[str, tuple[int, Entry]]) -> list[int]:
-        """Write ``changed`` in one transaction and return their rowids."""
-        rowids, rows = [], list[tuple[Any, ...]]()
+    def _save(self, changed: Sequence[Entry], known: Mapping[str, tuple[int, Entry]]) -> None:
+        """Write ``changed`` in one transaction."""
+        rows = list[tuple[Any, ...]]()
         for entry in changed:
             if entry.no_refund in known:
                 rowid, _ = known[entry.no_refund]
@@ -302,11 +289,14 @@ class JournalFile:
                 evidence = _json(sql.evidence_of(entry.sent_at, entry.refused))
             record = None if entry.ending is None else _json(entry.ending.record)
             begun = entry.no_refund, _json(entry.fields), entry.state, sent_at, entry.body.decode()
-            rowids.append(rowid)
             rows.append((rowid, *begun, evidence, record, entry.history))
-        rows.sort()  # by rowid: SQLite fills pages completely if rows are inserted in order
-        self._connection.execute(sql.CHANGE, [_json(rows)])
-        return rowids
+        # Sorted by rowid: SQLite fills pages completely if rows are inserted in order.
+        self._connection.execute(sql.CHANGE, [_json(sorted(rows))])
+        for entry, (rowid, *_) in zip(changed, rows, strict=True):
+            if entry.holder is None:
+                self._leased.pop(entry.no_refund, None)
+            else:
+                self._leased[entry.no_refund] = rowid, entry
 
     def _value(self, statement: str, *parameters: Any) -> Any:
         row = self._connection.execute(statement, parameters).fetchone()
@@ -317,15 +307,13 @@ class JournalFile:
     def _check_in_place(self) -> None:
         """Raise ``JournalError`` if a file was removed or replaced: SQLite would go on writing to the unlinked file."""
         for path, opened in self._files.items():
-            try:
-                is_there = os.path.samestat(path.stat(), opened)
-            except FileNotFoundError:
-                is_there = False
-            if not is_there:
-                raise JournalError(
-                    f"journal {self._path}: {path} was removed or replaced while it was open; end this process, and "
-                    "put the file back if you can: refunds recorded in it may have been made"
-                )
+            with suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), opened):
+                    continue
+            raise JournalError(
+                f"journal {self._path}: {path} was removed or replaced while it was open; end this process, and put "
+                "the file back if you can: refunds recorded in it may have been made"
+            )
 
 
 @contextmanager

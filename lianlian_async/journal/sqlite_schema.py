@@ -83,8 +83,9 @@ CANARIES: Final = """id IN (
     ) FROM starts
 )"""
 """The first canary from the oldest entry on, from the middle one on, from three quarters on, and so on."""
-OWNER: Final = "SELECT json_array(id, oid_partner, apply_url) FROM journal"
-STATUS: Final = "SELECT json_array(is_acting, inode, restored_at, json(evidence)) FROM journal"
+STATUS: Final = """
+SELECT json_array(id, oid_partner, apply_url, is_acting, inode, restored_at, json(evidence)) FROM journal
+"""
 SET_INODE: Final = "UPDATE journal SET inode = ?"
 SET_RESTORED_AT: Final = "UPDATE journal SET restored_at = :now, evidence = :evidence"
 MARK_RESTORED: Final = (

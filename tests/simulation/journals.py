@@ -157,6 +157,7 @@ class SimulatedFile:
     """The replacement of ``JournalFile`` for a :class:`DiskStore`. The inbox has a file of its own."""
 
     _disk: DiskStore
+    id = "0" * 32
 
     def __init__(self, path: str, *, read_only: bool = False) -> None:
         if path.endswith("-inbox"):
@@ -173,8 +174,9 @@ class SimulatedFile:
         self._held: dict[str, Entry] = {}
         self._places = list(disk.committed)
 
-    def owner(self) -> tuple[str, Owner | None]:
-        return "0" * 32, self._disk.owner
+    @property
+    def owner(self) -> Owner | None:
+        return self._disk.owner
 
     def bind(self, owner: Owner) -> None:
         self._disk.check("fails")
