@@ -303,23 +303,21 @@ class SandboxGateway:
 
     def statement(self) -> str:
         """Return all successful refunds in the form of LianLian's daily statement of domestic refunds (CSV)."""
-        successful = (refund for refund in self.refunds if refund.status(self.now()) is RefundStatus.SUCCESS)
-        return "".join(f"{','.join(self._statement_row(refund))}\n" for refund in successful)
-
-    def _statement_row(self, refund: Record) -> tuple[str, ...]:
-        order, money = refund.no_order or refund.oid_paybill or "", f"-{refund.money_refund.normalize():f}"
-        virtual_goods, sent, refunded = "101001", "1", "5"  # busi_partner, direction, status
-        settled = wire.format_timestamp(self.time_of_day(refund.settles_at))
-        identity = refund.no_refund, self.oid_partner, _statement_time(refund.dt_refund)
-        rest = _statement_time(settled), "0", "API渠道", "余额支付", "sandbox"
-        return (*identity, virtual_goods, order, settled[:8], money, sent, refunded, *rest)
+        virtual_goods, sent, refunded, lines = "101001", "1", "5", ""  # busi_partner, direction, status
+        for refund in self.refunds:
+            if refund.status(self.now()) is RefundStatus.SUCCESS:
+                order, money = refund.no_order or refund.oid_paybill or "", f"-{refund.money_refund.normalize():f}"
+                settled = wire.format_timestamp(self.time_of_day(refund.settles_at))
+                identity = refund.no_refund, self.oid_partner, _statement_time(refund.dt_refund)
+                rest = _statement_time(settled), "0", "API渠道", "余额支付", "sandbox"
+                lines += ",".join((*identity, virtual_goods, order, settled[:8], money, sent, refunded, *rest)) + "\n"
+        return lines
 
     def _sign(self, answer: Mapping[str, str], request: Mapping[str, str]) -> dict[str, str]:
         """Sign ``answer`` to ``request``, unless it is an error that the gateway sends unsigned."""
-        echo: dict[str, str] = {}
-        if (ret_code := answer["ret_code"]) != "0000":
-            signs = ret_code not in answers.UNSIGNED if self.sign_errors is None else self.sign_errors
-            if not signs:
+        ret_code, echo = answer["ret_code"], dict[str, str]()
+        if ret_code != "0000":
+            if not (ret_code not in answers.UNSIGNED if self.sign_errors is None else self.sign_errors):
                 return dict(answer)
             if "money_refund" in request:  # an apply call
                 echo = {name: request[name] for name in ("no_refund", "money_refund") if request.get(name)}

@@ -179,7 +179,10 @@ class Notifier:
             if Mischief.TAMPERED in mischief:
                 forgery = fields | {"money_refund": wire.format_money(record.money_refund + 1)}
                 await self._send(record, wire.encode(forgery), forged=True)
-            acknowledged = await self._send(record, body, times=3 if Mischief.CONCURRENT in mischief else 1)
+            async with anyio.create_task_group() as tasks:
+                for _ in range(2 if Mischief.CONCURRENT in mischief else 0):
+                    tasks.start_soon(self._send, record, body)
+                acknowledged = await self._send(record, body)
             delivered.set()
             if acknowledged:
                 break
@@ -198,29 +201,21 @@ class Notifier:
             with anyio.move_on_after(seconds):
                 await self._gateway.advanced.wait()
 
-    async def _send(self, record: Record, body: bytes, *, times: int = 1, forged: bool = False) -> bool:
-        """Make ``times`` concurrent POSTs of ``body``; return whether one was acknowledged."""
-        deliveries: list[Delivery] = []
-
-        async def send() -> None:
-            async with self._slots:
-                response = await post(self._transport, record.notify_url, body)
-            delivery = Delivery(
-                no_refund=record.no_refund,
-                at=self._gateway.now(),
-                body=body,
-                forged=forged,
-                status=response.status if isinstance(response, HttpResponse) else None,
-                acknowledged=is_acknowledged(response),
-            )
-            self.deliveries.append(delivery)
-            deliveries.append(delivery)
-            self._on_delivery(delivery)
-
-        async with anyio.create_task_group() as tasks:
-            for _ in range(times):
-                tasks.start_soon(send)
-        return any(delivery.acknowledged for delivery in deliveries)
+    async def _send(self, record: Record, body: bytes, forged: bool = False) -> bool:
+        """POST ``body``; return whether it was acknowledged."""
+        async with self._slots:
+            response = await post(self._transport, record.notify_url, body)
+        delivery = Delivery(
+            no_refund=record.no_refund,
+            at=self._gateway.now(),
+            body=body,
+            forged=forged,
+            status=response.status if isinstance(response, HttpResponse) else None,
+            acknowledged=is_acknowledged(response),
+        )
+        self.deliveries.append(delivery)
+        self._on_delivery(delivery)
+        return delivery.acknowledged
 
 
 async def post(sender: HttpSender, url: str, body: bytes, patience: float = PATIENCE) -> HttpResponse | NoResponse:
