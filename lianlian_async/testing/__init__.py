@@ -60,8 +60,7 @@ pytest's configuration. The guard checks when a connection is opened, so it allo
 backends, and your own ``client=`` or ``transport=`` if httpcore opens its connections (httpx's own transports, with or
 without a proxy). It does not cover other transports, such as httpx-aiohttp's, or the database of your journal.
 
-**Mocks of httpx** work with the default backend. The answers must be signed, so let the sandbox make them. With
-pytest-httpx::
+**Mocks of httpx** work with the default backend. The answers must be signed, so let the sandbox make them::
 
     import httpx
     from lianlian_async import RefundSession
@@ -73,12 +72,10 @@ pytest-httpx::
         async with RefundSession(lianlian_merchant) as session:
             assert (await session.apply_refund(REQUEST)).money_refund == lianlian_gateway.money_moved("R-1")
 
-With respx::
-
     @pytest.mark.anyio
     async def test_with_respx(respx_mock, lianlian_gateway, lianlian_merchant):
-        gateway = httpx.ASGITransport(lianlian_gateway)
-        respx_mock.post(host="sandbox.invalid").mock(side_effect=gateway.handle_async_request)
+        answer = httpx.ASGITransport(lianlian_gateway).handle_async_request
+        respx_mock.post(host="sandbox.invalid").mock(side_effect=answer)
         async with RefundSession(lianlian_merchant) as session:
             assert (await session.apply_refund(REQUEST)).money_refund == lianlian_gateway.money_moved("R-1")
 """

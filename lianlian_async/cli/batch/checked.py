@@ -87,11 +87,6 @@ class Notes:
         if self.count <= _KEPT:
             self.lines.append((line, text))
 
-    def texts(self) -> list[str]:
-        """Return one line of text for each kept note, and one with the number of the others, if any."""
-        more = [f"… and {self.count - _KEPT} more"] if self.count > _KEPT else []
-        return [*(f"line {line}: {text}" for line, text in self.lines), *more]
-
 
 class Checked:
     """The valid refunds, in the order of the file.
@@ -252,8 +247,11 @@ def checked_file(
         with click.open_file(file, "rb") as stream:
             for row in read_rows(stream, file, checked.columns, options["encoding"]):
                 checked.add(row)
-        for text in (*checked.problems.texts(), *checked.remarks.texts()):
-            note(text)
+        for notes in (checked.problems, checked.remarks):
+            for line, text in notes.lines:
+                note(f"line {line}: {text}")
+            if more := notes.count - len(notes.lines):
+                note(f"… and {more} more")
         yield checked
 
 
