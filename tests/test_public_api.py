@@ -266,7 +266,7 @@ def test_decision_modules_do_no_io_and_use_no_clock_or_randomness(module):
             "httpx",
             {
                 f"transport/{name}.py"
-                for name in ("aiohttp", "connection", "own_transport", "pool", "probe", "sender", "tracked_request")
+                for name in ("aiohttp", "connection", "own_transport", "pool", "sender", "tracked_request")
             },
         ),
         ("httpx2", {"transport/own_transport.py"}),

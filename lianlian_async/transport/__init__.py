@@ -12,8 +12,7 @@ connection of a cancelled or timed-out request. Three risks remain:
 
 from .own_transport import AsyncBaseTransport, AsyncClient, HttpBackend, check_http, http_backend
 from .pool import PoolTransport
-from .probe import probe_server
-from .sender import HttpSender, asgi_transport
+from .sender import HttpSender, asgi_transport, probe_server
 
 __all__ = [
     "AsyncBaseTransport",

@@ -7,7 +7,7 @@ so a refund would be sent again without a query.
 import asyncio
 from collections.abc import AsyncIterator
 from functools import partial
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import aiohttp
 import anyio.lowlevel
@@ -156,21 +156,19 @@ class _ResponseStream(httpx.AsyncByteStream):
         self._response.close()
 
 
+_AS_HTTPX: Final = (
+    (aiohttp.ConnectionTimeoutError, httpx.ConnectTimeout),
+    ((aiohttp.ClientConnectorError, _SpoiltConnectionError), httpx.ConnectError),
+    ((aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError), httpx.UnsupportedProtocol),
+    (aiohttp.ServerTimeoutError, httpx.ReadTimeout),
+    (aiohttp.ClientOSError, httpx.ReadError),
+    (aiohttp.ClientError, httpx.RemoteProtocolError),
+)
+
+
 def _as_httpx(error: aiohttp.ClientError) -> httpx.RequestError:
     """Return the httpx exception for ``error``; both say the same about whether the request may have been sent."""
     text = str(error) or type(error).__name__
-    match error:
-        case aiohttp.ConnectionTimeoutError():
-            return httpx.ConnectTimeout(text)
-        case aiohttp.ClientConnectorError():
-            return httpx.ConnectError(text if error.strerror else f"{text}: {error.os_error}")
-        case _SpoiltConnectionError():
-            return httpx.ConnectError(text)
-        case aiohttp.InvalidURL() | aiohttp.NonHttpUrlClientError():
-            return httpx.UnsupportedProtocol(text)
-        case aiohttp.ServerTimeoutError():
-            return httpx.ReadTimeout(text)
-        case aiohttp.ClientOSError():
-            return httpx.ReadError(text)
-        case _:
-            return httpx.RemoteProtocolError(text)
+    if isinstance(error, aiohttp.ClientConnectorError) and not error.strerror:
+        text += f": {error.os_error}"
+    return next(kind(text) for kinds, kind in _AS_HTTPX if isinstance(error, kinds))

@@ -1,26 +1,33 @@
-"""Send one HTTP request and return its response, or a ``NoResponse`` that states whether it may have arrived."""
+"""Send one HTTP request and return its response, or a ``NoResponse`` that states whether it may have arrived.
+
+:func:`probe_server` only connects to a server.
+"""
 
 from __future__ import annotations
 
 import logging
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Final, cast
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 import httpx
 
 from lianlian_async.background import is_failure
-from lianlian_async.errors import ConfigurationError
+from lianlian_async.clock import parse_http_date, system_clock
+from lianlian_async.errors import ConfigurationError, GatewayUnavailable
 from lianlian_async.exchange import Delivery, HttpResponse, NoResponse
 from lianlian_async.version import USER_AGENT
 from lianlian_async.wire import MAX_MESSAGE_BYTES
 
-from .connection import discard_if_bytes_follow, trace_loopback
+from .connection import discard_if_bytes_follow, proxy_for, trace_loopback
 from .own_transport import AsyncBaseTransport, AsyncClient, HttpBackend, library_of, own_transport
+from .pool import PoolTransport
 from .tracked_request import Body, SendRefusedError, TrackedRequest, request_classes
 
 logger = logging.getLogger("lianlian_async")
@@ -154,11 +161,8 @@ class HttpSender:
         """
 
         async def open_one() -> None:
-            timeout = self._library.Timeout(seconds).as_dict()
-            extensions = {"timeout": timeout, "trace": partial(trace_loopback, self._library.URL(url))}
-            request = self._library.Request("HEAD", url, headers=_HEADERS, extensions=extensions)
             try:
-                response = await self._send(request)
+                response = await self._send(_head_request(self._library, url, seconds))
                 await response.aread()  # keeps the connection for the next request
             except Exception as error:  # noqa: BLE001 - as in post
                 logger.info("no connection opened in advance: %s", describe(error, url, seconds, self._library))
@@ -189,6 +193,38 @@ async def _read(response: httpx.Response) -> bytes:
     return bytes(received)
 
 
+def _head_request(library: Any, url: str, seconds: float) -> httpx.Request:
+    extensions = {"timeout": library.Timeout(seconds).as_dict(), "trace": partial(trace_loopback, library.URL(url))}
+    return cast("httpx.Request", library.Request("HEAD", url, headers=_HEADERS, extensions=extensions))
+
+
+async def probe_server(url: str, seconds: float = 10.0) -> tuple[str | None, float | None, str, datetime | None]:
+    """Send a HEAD request to ``url`` over a new connection of :class:`PoolTransport`, within ``seconds``.
+
+    Return: the proxy's URL without credentials (None: direct); by how many seconds this machine's wall clock is ahead
+    of the server's (None: no usable ``Date``); the certificate's issuer and expiry (empty and None: no TLS).
+    Raises ``GatewayUnavailable``, or ``ConfigurationError`` if the proxy or the CA certificates are unusable.
+    """
+    proxy = proxy_for(httpx.URL(url))
+    async with await anyio.to_thread.run_sync(PoolTransport, 1) as transport:  # in a thread: reads the CA files
+        try:
+            with anyio.fail_after(seconds):
+                response = await transport.handle_async_request(_head_request(httpx, url, seconds))
+                tls = response.extensions["network_stream"].get_extra_info("ssl_object")
+                certificate = None if tls is None else tls.getpeercert()
+                await response.aread()
+        except (httpx.TransportError, TimeoutError) as error:
+            reason = describe(error, url, seconds)
+            raise GatewayUnavailable(reason, attempts=1, last_error=reason, ret_code=None) from error
+    date, issuer, expires_at = parse_http_date(response.headers.get("date", "")), "", None
+    if certificate is not None:
+        names = dict(chain.from_iterable(certificate["issuer"]))
+        issuer = names.get("organizationName") or names.get("commonName", "")
+        expires_at = datetime.fromtimestamp(ssl.cert_time_to_seconds(certificate["notAfter"]), UTC)
+    ahead = None if date is None else (system_clock().wall - date).total_seconds()
+    return None if proxy is None else str(proxy.url), ahead, issuer, expires_at
+
+
 def asgi_transport(app: Any) -> httpx.AsyncBaseTransport:
     """Return a transport that calls an ASGI application in this process, such as the sandbox gateway."""
     return httpx.ASGITransport(app=app)
@@ -198,14 +234,14 @@ def describe(error: BaseException, url: str, connect_seconds: float, library: An
     """Return a message with the type, the cause and the notes of ``error`` (such as the proxy)."""
     if isinstance(error, SendRefusedError):  # no failure of the connection, as another error's type would say
         return str(error)
-    is_transport, chain = isinstance(error, library.TransportError), list(islice(_chain(error), 20))
+    is_transport, causes = isinstance(error, library.TransportError), list(islice(_causes(error), 20))
     # Other exceptions in the chain show internals of httpcore, anyio and trio, such as "pop from an empty deque".
     kinds = (library.TransportError, OSError) if is_transport else BaseException
-    cause = next((str(each) for each in chain if isinstance(each, kinds) and str(each)), "")
+    cause = next((str(each) for each in causes if isinstance(each, kinds) and str(each)), "")
     host = url.partition("://")[2].partition("/")[0].rpartition("@")[2]  # a notify_url may contain a password
     if isinstance(error, library.ConnectTimeout):
         cause = f"no connection to {host} within {connect_seconds:g} s"
-    elif isinstance(error, library.ConnectError) and any(isinstance(each, _TLS_ERRORS) for each in chain):
+    elif isinstance(error, library.ConnectError) and any(isinstance(each, _TLS_ERRORS) for each in causes):
         cause = f"the TLS handshake with {host} failed: {cause or 'the connection was closed'}"
     elif is_transport and not cause:
         is_timeout = isinstance(error, library.TimeoutException)
@@ -214,7 +250,7 @@ def describe(error: BaseException, url: str, connect_seconds: float, library: An
     return f"{type(error).__name__}: {cause}".rstrip(": ") + notes
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
