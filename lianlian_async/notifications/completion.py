@@ -13,17 +13,6 @@ from lianlian_async.resolution import IncompleteRecord
 from lianlian_async.session import RefundSession
 
 _NEEDED: Final = ("no_refund", "money_refund", "sta_refund")
-_NO_RECORD: Final = (
-    errors.AnswerMismatch,
-    errors.GatewayUnavailable,
-    errors.InvalidRequest,
-    errors.MalformedMessage,
-    errors.QueryRejected,
-    errors.RefundNotFound,
-    errors.SignatureInvalid,
-    TimeoutError,
-)
-"""Errors that mean that a query supplies no record of the notified refund."""
 
 
 async def complete(
@@ -49,7 +38,9 @@ async def complete(
         with anyio.fail_after(seconds):
             found = await session.query_refund(notified.query(), deadline=seconds)
         check_same(notified, found)
-    except _NO_RECORD as error:
+    except (errors.JournalError, RefundConflict):
+        raise
+    except (errors.LianLianError, TimeoutError) as error:
         raise IncompleteRecord(f"{what}; the query failed: {error or 'no connection was free'}") from error
     for name in _NEEDED:
         if getattr(found, name) is None:
