@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 from urllib.parse import urlsplit
@@ -107,7 +107,8 @@ class Merchant:
     """The default for requests without a ``notify_url``."""
     private_key_password: Secret[str | bytes | None] = attrs.field(default=None, repr=False, converter=_hidden_password)
     """The password of an encrypted ``private_key``."""
-    _names: Mapping[str, str] = attrs.field(factory=dict, alias="names", repr=False, eq=False)
+    _name: Callable[[str], str] = attrs.field(default=str, alias="name", repr=False, eq=False)
+    """Returns the name of a setting in the user's source: an argument, an environment variable or a TOML key."""
     _loaded: list[Keys] = attrs.field(factory=list, init=False, repr=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
@@ -125,10 +126,6 @@ class Merchant:
                 object.__setattr__(self, "notify_url", text_rules.notify_url(self.notify_url))
         except ValueError as error:
             raise ConfigurationError(f"{self._name('notify_url')}: {error} (is {_shown(self.notify_url)})") from None
-
-    def _name(self, setting: str) -> str:
-        """Return the name of a setting in the user's source: an argument, an environment variable or a TOML key."""
-        return self._names.get(setting, setting)
 
     @without_locals
     def load_keys(self) -> Keys:
@@ -169,11 +166,11 @@ class Merchant:
         Raises :class:`~lianlian_async.ConfigurationError` with the name of the missing or wrong variable.
         """
         variables = os.environ if environ is None else environ
-        given = {name: text for name, variable in _VARIABLES.items() if (text := variables.get(variable, ""))}
+        given = {name: text for name in _SETTINGS if (text := variables.get(_variable(name)))}
         for name, text in given.items():
             if isinstance(text, str) and name != "private_key_password":
                 given[name] = unquoted(text)
-        return cls._from_settings(given, _VARIABLES, folder=None)
+        return cls._from_settings(given, _variable, folder=None)
 
     @classmethod
     @without_locals
@@ -203,32 +200,33 @@ class Merchant:
         table = document.get("lianlian", document)
         if not isinstance(table, dict):
             raise ConfigurationError(f"{file}: lianlian must be a table")
-        unknown = sorted(set(table) - set(_VARIABLES))
+        unknown = sorted(set(table) - set(_SETTINGS))
         if unknown:
             raise ConfigurationError(f"{file}: unknown setting {', '.join(unknown)}")
-        return cls._from_settings(table, {name: f"{file}: {name}" for name in _VARIABLES}, folder=file.parent)
+        return cls._from_settings(table, lambda name: f"{file}: {name}", folder=file.parent)
 
     @classmethod
-    def _from_settings(cls, given: Mapping[str, Any], names: Mapping[str, str], folder: Path | None) -> Self:
-        """Return the merchant. Key paths are relative to ``folder``; ``names`` are the settings' names in messages."""
-        missing = [names[name] for name in _REQUIRED if not given.get(name)]
+    def _from_settings(cls, given: Mapping[str, Any], name: Callable[[str], str], folder: Path | None) -> Self:
+        """Return the merchant. Key paths are relative to ``folder``; ``name`` names the settings in messages."""
+        missing = [name(setting) for setting in _REQUIRED if not given.get(setting)]
         if missing:
             raise ConfigurationError("missing: " + ", ".join(missing))
+
         public = given["gateway_public_keys"]
         public_keys = public.split(",") if isinstance(public, str) else public
-        texts = {name: [value] for name, value in given.items()} | {"gateway_public_keys": public_keys}
-        for name, values in texts.items():
+        texts = {setting: [value] for setting, value in given.items()} | {"gateway_public_keys": public_keys}
+        for setting, values in texts.items():
             if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-                several = " or a list of strings" if name == "gateway_public_keys" else ""
-                raise ConfigurationError(f"{names[name]}: must be a string{several}")
+                several = " or a list of strings" if setting == "gateway_public_keys" else ""
+                raise ConfigurationError(f"{name(setting)}: must be a string{several}")
 
         def key(text: str) -> str:
             text = unquoted(text)
             return text if folder is None or text.startswith("~") or is_key_text(text) else str(folder / text)
 
         # Endpoints checks the URLs too, but names its own arguments.
-        apply_url = _endpoint(given.get("apply_url", _DEFAULT.apply), names["apply_url"])
-        query_url = _endpoint(given.get("query_url", _DEFAULT.query), names["query_url"])
+        apply_url = _endpoint(given.get("apply_url", _DEFAULT.apply), name("apply_url"))
+        query_url = _endpoint(given.get("query_url", _DEFAULT.query), name("query_url"))
         return cls(
             oid_partner=given["oid_partner"],
             private_key=key(given["private_key"]),
@@ -236,18 +234,14 @@ class Merchant:
             endpoints=Endpoints(apply_url, query_url),
             notify_url=given.get("notify_url"),
             private_key_password=given.get("private_key_password"),
-            names=names,
+            name=name,
         )
+
+
+def _variable(name: str) -> str:
+    return f"LIANLIAN_{name.upper()}"
 
 
 _DEFAULT: Final = Endpoints()
 _REQUIRED: Final = ("oid_partner", "private_key", "gateway_public_keys")
-_VARIABLES: Final = {
-    "oid_partner": "LIANLIAN_OID_PARTNER",
-    "private_key": "LIANLIAN_PRIVATE_KEY",
-    "private_key_password": "LIANLIAN_PRIVATE_KEY_PASSWORD",
-    "gateway_public_keys": "LIANLIAN_GATEWAY_PUBLIC_KEYS",
-    "apply_url": "LIANLIAN_APPLY_URL",
-    "query_url": "LIANLIAN_QUERY_URL",
-    "notify_url": "LIANLIAN_NOTIFY_URL",
-}
+_SETTINGS: Final = (*_REQUIRED, "private_key_password", "apply_url", "query_url", "notify_url")
