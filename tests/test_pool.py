@@ -426,18 +426,6 @@ async def test_unused_proxy_is_not_checked(monkeypatch, merchant_keys, gateway_k
     assert server.requests
 
 
-@pytest.mark.lianlian_allow_network  # through a proxy on this machine
-async def test_without_urls_any_proxy_excludes_aiohttp(monkeypatch):
-    """A transport for unknown URLs must be able to use a proxy."""
-    monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", "aiohttp")
-    async with answering(b"by proxy") as proxy:
-        monkeypatch.setenv("HTTP_PROXY", proxy.url)
-        transport = await HttpSender.open(None, None, 1)
-        delivery = await transport.post("http://gateway.invalid/", b"{}", 5.0)
-        await transport.aclose()
-    assert delivery.body == b"by proxy"
-
-
 async def test_unchecked_unusable_proxy_is_not_sent(monkeypatch):
     """A proxy that turns out to be unusable at the first request: *not sent*, and no slot leaks."""
     async with answering() as server, pool_of(1) as pool:
@@ -456,7 +444,7 @@ async def test_a_dead_proxy_is_named_without_its_password(monkeypatch, url):
     """Nobody listens at the proxy: the reason names it, too."""
     proxy = f"127.0.0.1:{unused_port()}"
     monkeypatch.setenv("ALL_PROXY", f"http://user:sesame@{proxy}")
-    transport = await HttpSender.open(None, None, 1)
+    transport = await HttpSender.open(None, None, 1, backend="httpx")
     delivery = await transport.post(url, b"{}", 5.0)
     await transport.aclose()
     assert not delivery.may_have_arrived

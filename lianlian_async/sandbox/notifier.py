@@ -119,7 +119,7 @@ class Notifier:
         return len(self._gateway.refunds) - self._ended
 
     async def __aenter__(self) -> Self:
-        self._transport = await HttpSender.open(None, self._http_transport, _CONNECTIONS, CONTENT_TYPE)
+        self._transport = await HttpSender.open(None, self._http_transport, _CONNECTIONS, CONTENT_TYPE, backend="httpx")
         self._slots = anyio.Semaphore(_CONNECTIONS)
         self._gateway.advance(0)  # replaces its events: they belong to the event loop in which a task waited for them
         started, self._errors = anyio.Event(), list[BaseException | None]()
@@ -227,7 +227,7 @@ async def post(sender: HttpSender, url: str, body: bytes, patience: float = PATI
 
 async def post_once(url: str, body: bytes, transport: AsyncBaseTransport | None = None) -> HttpResponse | NoResponse:
     """POST a notification on a connection of its own, like :func:`post`."""
-    async with aclosing(await HttpSender.open(None, transport, 1, CONTENT_TYPE)) as sender:
+    async with aclosing(await HttpSender.open(None, transport, 1, CONTENT_TYPE, backend="httpx")) as sender:
         return await post(sender, url, body)
 
 

@@ -53,11 +53,6 @@ def trusting_context() -> ssl.SSLContext:
         raise ConfigurationError(f"{source}: cannot read CA certificates ({reason}): {cure}") from error
 
 
-def has_proxies() -> bool:
-    """Return whether the environment names a proxy for any URL."""
-    return any(getproxies().get(scheme) for scheme in ("http", "https", "all"))
-
-
 def proxy_for(url: httpx.URL) -> httpx.Proxy | None:
     """Return the proxy for ``url``, or None for a direct connection.
 

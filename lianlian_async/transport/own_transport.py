@@ -15,7 +15,7 @@ import httpx
 from lianlian_async.background import asyncio_loop
 from lianlian_async.errors import ConfigurationError
 
-from .connection import has_proxies, proxy_for
+from .connection import proxy_for
 from .pool import PoolTransport
 
 if TYPE_CHECKING:
@@ -88,8 +88,8 @@ async def own_transport(max_connections: int, backend: HttpBackend | None, urls:
 
     def make() -> AsyncBaseTransport:
         chosen = http_backend(backend)
-        proxies = [proxy_for(httpx.URL(url)) for url in urls]
-        if chosen == "httpx" or not on_asyncio or (any(proxies) if urls else has_proxies()):
+        proxies = [proxy_for(httpx.URL(url)) for url in urls]  # a list: it checks all of them
+        if chosen == "httpx" or not on_asyncio or any(proxies):
             import httpcore  # noqa: F401 - httpx imports it for the first connection, on the event loop
 
             return PoolTransport(max_connections)
