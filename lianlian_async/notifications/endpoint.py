@@ -294,7 +294,7 @@ class NotificationEndpoint:
         return Verdict.KEPT if standing is Standing.NEW else Verdict.DUPLICATE
 
     async def _act_once(self, refund: Refund, inbox: Inbox) -> Verdict:
-        standing, leased = await inbox.take(refund)
+        standing, leased = await inbox.take(refund, wait=self._seconds)
         self._notify_session(refund)
         if standing is Standing.FINISHED:
             return Verdict.DUPLICATE

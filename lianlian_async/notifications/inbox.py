@@ -78,28 +78,28 @@ class Inbox:
     workers: int
     clock: Clock
     _backoffs: dict[str, tuple[int, float]] = attrs.field(factory=dict, init=False)
-    """For each entry, its failures in a row, and when the handler may be called again by the event loop's clock;
+    """For each entry, its failed attempts in a row, and when the handler may be called again by the event loop's clock;
     infinite while the handler runs."""
     _arrived: anyio.Event = attrs.field(factory=anyio.Event, init=False)
     _intake: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)
 
-    async def take(self, refund: Refund) -> tuple[Standing, Entry]:
-        """Take the lease on a final refund before acting on it; wait while another caller has the lease.
+    async def take(self, refund: Refund, *, wait: float = 0.0) -> tuple[Standing, Entry]:
+        """Take the lease on a final refund before acting on it; wait up to ``wait`` seconds for another caller.
 
         LEASED: another caller still has the lease. FINISHED: the handler has returned. After any other result, the
         caller must call :meth:`act_on`. Raises ``JournalError`` if the journal fails, and ``RefundConflict`` if the
         inbox has the refund with another final state or amount.
         """
-        return await self._take(refund, 2 * self.seconds, anyio.current_time() + self.seconds)
+        return await self._take(refund, 2 * self.seconds, wait)
 
     async def keep(self, refund: Refund) -> Standing:
         """Record a final refund durably, for :meth:`work`. Raises the same errors as :meth:`take`."""
-        standing, _ = await self._take(refund, _NO_LEASE, -math.inf)
+        standing, _ = await self._take(refund, _NO_LEASE, 0.0)
         self._arrived.set()
         return standing
 
-    async def _take(self, refund: Refund, lease: float, deadline: float) -> tuple[Standing, Entry]:
-        standing, entry = await take(self.journal, _intent(refund, lease), self.clock, deadline)
+    async def _take(self, refund: Refund, lease: float, wait: float) -> tuple[Standing, Entry]:
+        standing, entry = await take(self.journal, _intent(refund, lease), self.clock, anyio.current_time() + wait)
         if standing is Standing.FINISHED:  # a process may have died between the two writes of act_on
             await self.refunds.acted(entry.no_refund, self.clock())
         return standing, entry
@@ -146,15 +146,11 @@ class Inbox:
 
         async def attempt(entry: Entry) -> None:
             failures, _ = self._backoffs[entry.no_refund]
-            standing, succeeded = await self._attempt(entry)
-            now = anyio.current_time()
-            if standing is Standing.LEASED:
-                self._backoffs[entry.no_refund] = failures, now + self.seconds
-            elif succeeded:
+            if await self._attempt(entry):
                 del self._backoffs[entry.no_refund]
             else:
                 pause = min(2.0**failures, _LONGEST_BACKOFF)
-                self._backoffs[entry.no_refund] = min(failures + 1, 16), now + pause
+                self._backoffs[entry.no_refund] = min(failures + 1, 16), anyio.current_time() + pause
             self._arrived.set()
 
         await run_workers(self._due(), attempt, workers=self.workers, intake=self._intake)
@@ -167,21 +163,21 @@ class Inbox:
         """Stop :meth:`work` after the running handlers finish."""
         self._intake.cancel()
 
-    async def _attempt(self, entry: Entry) -> tuple[Standing, bool]:
-        """Act on ``entry``; return its standing, and whether this or an earlier handler call succeeded."""
-        standing, succeeded = Standing.UNRESOLVED, False
+    async def _attempt(self, entry: Entry) -> bool:
+        """Act on ``entry``; return whether this or an earlier handler call succeeded."""
+        succeeded = False
         try:
             refund = await learn(self.refunds, Refund.from_dict(json.loads(entry.body)), self.clock(), "notification")
-            standing, leased = await self._take(refund, 2 * self.seconds, -math.inf)
+            standing, leased = await self.take(refund)
             if standing in (Standing.LEASED, Standing.FINISHED):
-                return standing, standing is Standing.FINISHED
+                return standing is Standing.FINISHED
             succeeded = await self.act_on(refund, leased)
         except BaseException as error:
             if not is_failure(error):
                 raise
             logger.exception("refund %s stays in the inbox: this attempt to handle it failed", entry.no_refund)
         self.count(succeeded)
-        return standing, succeeded
+        return succeeded
 
     async def _due(self) -> AsyncGenerator[Entry]:
         """Yield each open entry when the handler may be called for it, in an endless loop."""
