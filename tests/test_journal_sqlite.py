@@ -24,7 +24,7 @@ import pytest
 
 from lianlian_async.clock import Moment
 from lianlian_async.errors import JournalError
-from lianlian_async.journal import SqliteJournal, SqliteReader, Standing, State, file_lock, sqlite_schema
+from lianlian_async.journal import SqliteJournal, SqliteReader, Standing, State, files, sqlite_schema
 from lianlian_async.journal.sqlite_file import JournalFile, restore
 from tests.support import ROOT
 from tests.support.journals import MADE, held, intent, now
@@ -241,7 +241,7 @@ async def test_an_owner_without_a_name_is_reported_as_another_process(path):
 def test_without_flock_sqlite_locks_another_file(path, monkeypatch):
     """As on Windows: a second process is refused, and the error names the first, until that closes the journal."""
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    elsewhere = runpy.run_path(file_lock.__file__)
+    elsewhere = runpy.run_path(files.__file__)
     lock = elsewhere["FileLock"](path)
     with pytest.raises(elsewhere["FileLocked"], match=f"process {os.getpid()} on"):
         elsewhere["FileLock"](path)

@@ -1,14 +1,87 @@
-"""What the file system knows about the files of a journal."""
+"""What a journal needs from the file system: a lock, synced folders, and the identity of a file.
+
+The lock lets only one process write a journal file; the lock file names that process. It is a ``flock``, because POSIX
+record locks (which SQLite uses) end when the process closes any handle to the file. On Windows it is SQLite's exclusive
+lock on another file.
+"""
 
 import os
-from contextlib import suppress
+import socket
+import sqlite3
+import sys
+from contextlib import ExitStack, closing, suppress
+from datetime import UTC, datetime
+from importlib import import_module
+from io import FileIO
 from pathlib import Path
+from types import ModuleType
 from typing import Final
 
-from .file_lock import fcntl
-
+_LONGEST_HOLDER: Final = 500
 _GET_GENERATION: Final = 0x80087601
 """Linux: FS_IOC_GETVERSION, which ext4, XFS and Btrfs have."""
+_OPEN: Final = set[FileIO]()
+
+try:
+    fcntl: ModuleType | None = import_module("fcntl")
+    # A forked child shares the lock and would keep it after its parent ends, so close the file in the child.
+    os.register_at_fork(after_in_child=lambda: list(map(FileIO.close, _OPEN)))
+except ImportError:
+    fcntl = None
+
+
+class FileLocked(Exception):
+    """The lock is taken, perhaps by this process. The message names the process and the time when it took the lock."""
+
+
+class FileLock:
+    """The lock on the file ``path``, from construction until :meth:`close` or the end of the process.
+
+    The file is created if it is missing, and names this process until :meth:`close`. Raises ``FileLocked``, or
+    ``OSError`` if the file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with ExitStack() as opened:
+            self._file = opened.enter_context(FileIO(str(path), "a+"))
+            try:
+                if fcntl is not None:
+                    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                else:
+                    _lock_with_sqlite(path, opened)
+            except (BlockingIOError, sqlite3.OperationalError):
+                raise FileLocked(_holder(path)) from None
+            self._file.truncate(0)
+            self._file.write(_this_process().encode())
+            _OPEN.add(self._file)
+            self._opened = opened.pop_all()
+
+    def close(self) -> None:
+        """Release the lock. Does nothing in a forked child, where the file is closed already."""
+        with suppress(ValueError):  # the file is closed
+            self._file.truncate(0)
+        _OPEN.discard(self._file)
+        self._opened.close()
+
+
+def _lock_with_sqlite(path: Path, opened: ExitStack) -> None:
+    connection = sqlite3.connect(f"{path}-lock", timeout=0.0, isolation_level=None, check_same_thread=False)
+    opened.enter_context(closing(connection))
+    connection.execute("PRAGMA journal_mode = memory")
+    connection.execute("BEGIN EXCLUSIVE")
+
+
+def _this_process() -> str:
+    program = Path(sys.argv[0])
+    # ``python -m`` runs a package's __main__.py: use the package's name. No arguments: they may contain secrets.
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return f"process {os.getpid()} on {socket.gethostname()} ({name or 'python'}), since {now}"
+
+
+def _holder(path: Path) -> str:
+    holder = path.read_bytes()[:_LONGEST_HOLDER].decode(errors="replace")
+    return " ".join(holder.split()) or "another process"
 
 
 def sync_folders(*folders: Path) -> None:

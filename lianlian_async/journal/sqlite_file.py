@@ -20,8 +20,7 @@ from lianlian_async.clock import Moment
 
 from . import sqlite_schema as sql
 from .base import Ending, Entry, JournalError, Owner, State, upgrade_steps
-from .file_lock import FileLock, FileLocked
-from .files import has_content, identity_of, may_be_same, sync_folders
+from .files import FileLock, FileLocked, has_content, identity_of, may_be_same, sync_folders
 from .operations import Begin, Operation, Result, measurable, perform
 
 _RESTORE: Final = "if it is lost, move this file away and use `lianlian journal restore FILE`"
@@ -50,7 +49,7 @@ class _DamagedRowError(Exception):
 class JournalFile:
     """An open journal file, which only this process writes. Threads may share the object.
 
-    The file ``…-owner`` is locked while the journal is open, and names this process (see :mod:`.file_lock`). The
+    The file ``…-owner`` is locked while the journal is open, and names this process (see :mod:`.files`). The
     journal itself is not locked, so other processes may read it. ``read_only`` opens it without the lock.
     ``restored_at``: mark the file, a backup, as restored at that moment.
     """

@@ -21,7 +21,7 @@ from lianlian_async.cli.signals import one_interruption, sigterm_interrupts
 from lianlian_async.cli.stores import Receipt, default_place, make_folder, make_journal, open_queue
 from lianlian_async.errors import ConfigurationError, JournalError, LianLianError, RefundOutcomeUnknown
 from lianlian_async.journal import Journal
-from lianlian_async.journal.file_lock import FileLocked
+from lianlian_async.journal.files import FileLocked
 from lianlian_async.merchant import Merchant
 from lianlian_async.middleware import RateLimit
 from lianlian_async.models import RefundRequest
