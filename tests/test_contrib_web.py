@@ -12,7 +12,7 @@ import pytest
 from lianlian_async import LianLianError, Refund, errors
 from lianlian_async.clock import Moment
 from lianlian_async.codes import CODES, CodeClass
-from lianlian_async.contrib.web import apply_shielded, error_response, respond
+from lianlian_async.contrib.web import apply_shielded, respond
 from lianlian_async.errors import (
     AnswerMismatch,
     BatchStopped,
@@ -95,7 +95,7 @@ RESPONSES = [
 @pytest.mark.parametrize(("error", "status"), RESPONSES, ids=[f"{type(e).__name__}-{s}" for e, s in RESPONSES])
 def test_every_error_has_an_honest_status(error, status):
     """The body is JSON; it never shows a host, a file or the records of the service."""
-    given, headers, body = error_response(error, NOW)
+    given, headers, body = respond(error, NOW)
     assert given == status
     assert ("Retry-After" in headers) == ("ask_again_at" in body)
     text = json.dumps(body)
@@ -111,7 +111,7 @@ def test_every_error_of_the_tree_has_a_response_here():
 @pytest.mark.parametrize("code", [code for code, row in CODES.items() if row.kind is CodeClass.REJECTED])
 def test_every_rejection_of_this_refund_shows_its_code(code):
     """402: may pass; 422: this refund is refused; 500: the service's configuration, which is not shown."""
-    status, _, body = error_response(rejected(code), NOW)
+    status, _, body = respond(rejected(code), NOW)
     row = CODES[code]
     assert status == (500 if row.is_configuration else 402 if row.may_pass else 422)
     assert (body["error"], body["no_refund"]) == ("RefundRejected", "R-1")
@@ -122,7 +122,7 @@ def test_every_rejection_of_this_refund_shows_its_code(code):
 @pytest.mark.parametrize(("seconds", "retry_after"), [(900, "900"), (0.2, "1"), (0, "0"), (-5, "0")])
 def test_an_unknown_refund_says_when_to_ask(seconds, retry_after):
     """``Retry-After`` is never earlier than ``ask_again_at``, and never negative."""
-    _, headers, body = error_response(unknown(seconds), NOW)
+    _, headers, body = respond(unknown(seconds), NOW)
     assert headers == {"Retry-After": retry_after}
     assert body["ask_again_at"] == (NOW + timedelta(seconds=seconds)).isoformat()
     assert body["no_refund"] == "R-1"
@@ -130,21 +130,21 @@ def test_an_unknown_refund_says_when_to_ask(seconds, retry_after):
 
 def test_details_of_the_other_errors():
     """The client learns which fields are invalid, which one conflicts, and that a refund was made."""
-    assert error_response(RESPONSES[0][0], NOW)[2] == {
+    assert respond(RESPONSES[0][0], NOW)[2] == {
         "error": "InvalidRequest",
         "detail": "a field is invalid; nothing was sent",
         "problems": [{"field": "money_refund", "rule": "must be digits"}],
     }
-    assert error_response(RESPONSES[1][0], NOW)[2]["field"] == "money_refund"
+    assert respond(RESPONSES[1][0], NOW)[2]["field"] == "money_refund"
     for error in (RefundNotFinal(MADE, last_error=None), failed(MADE)):
-        body = error_response(error, NOW)[2]
+        body = respond(error, NOW)[2]
         assert (body["no_refund"], body["sta_refund"]) == ("R-1", "0")
         assert "was made" in body["detail"]
-    assert "was not sent" not in error_response(failed(None), NOW)[2]["detail"]  # by an earlier request, perhaps
+    assert "was not sent" not in respond(failed(None), NOW)[2]["detail"]  # by an earlier request, perhaps
     for code in ("3005", "3010"):  # apply_and_wait may raise it about a refund that was made
-        assert "says nothing about the refund" in error_response(rejected(code, QueryRejected), NOW)[2]["detail"]
+        assert "says nothing about the refund" in respond(rejected(code, QueryRejected), NOW)[2]["detail"]
     decided = RefundRejected("decided", "", verified=False, no_refund="R-1", evidence="mail")
-    assert "LianLian" not in error_response(decided, NOW)[2]["detail"]
+    assert "LianLian" not in respond(decided, NOW)[2]["detail"]
 
 
 def test_problems_of_the_service_are_logged(caplog):

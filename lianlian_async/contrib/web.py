@@ -47,7 +47,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from datetime import datetime
 from functools import partial
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import anyio
 import anyio.lowlevel
@@ -61,7 +61,7 @@ from lianlian_async.notifications import NotificationEndpoint
 from lianlian_async.session import RefundSession
 from lianlian_async.settings import check_function, check_seconds, check_type
 
-__all__ = ["apply_shielded", "error_response", "lifespan", "read_request", "refund_error", "respond"]
+__all__ = ["apply_shielded", "lifespan", "read_request", "refund_error", "respond"]
 
 logger = logging.getLogger("lianlian_async")
 _log: Final = partial(logger.warning, "the caller of a refund was cancelled; the refund's outcome: %s")
@@ -82,16 +82,16 @@ _RESPONSES: Final = (
 _SHOWN: Final = ("no_refund", "sta_refund", "field", "ret_code", "ret_msg", "meaning")
 
 
-def error_response(error: LianLianError, now: datetime) -> tuple[int, dict[str, str], dict[str, Any]]:
-    """Return the HTTP status, headers and JSON body that tell a client about its refund, and nothing about the service.
+def respond(error: Exception, now: datetime | None = None) -> tuple[int, dict[str, str], dict[str, Any]]:
+    """Return the HTTP status, headers and JSON body for a ``LianLianError`` (at ``now``); log it if the status is 5xx.
 
-    A rejection has status 402 if its cause is temporary (balance, limit), 500 if it is the merchant's configuration,
-    else 422; a rejected query has 500 or 502. For ``BatchStopped``, the response is about its ``cause``; for a
-    ``JournalError``, about its ``said``, if it is set.
+    They tell a client about its refund, and nothing about the service. A rejection has status 402 if its cause is
+    temporary (balance, limit), 500 if it is the merchant's configuration, else 422; a rejected query has 500 or 502.
+    For ``BatchStopped``, they are about its ``cause``; for a ``JournalError``, about its ``said``, if it is set.
     """
-    said = getattr(error, "said", None) or getattr(error, "cause", None)  # JournalError.said, BatchStopped.cause
-    if isinstance(said, LianLianError):
-        return error_response(said, now)
+    raised, now = error, now or system_clock().wall
+    while isinstance(said := getattr(error, "said", None) or getattr(error, "cause", None), LianLianError):
+        error = said
     _, status, detail = next(row for row in _RESPONSES if isinstance(error, row[0]))
     headers, body = dict[str, str](), dict[str, Any]()
     match error:
@@ -109,15 +109,9 @@ def error_response(error: LianLianError, now: datetime) -> tuple[int, dict[str, 
     about = getattr(error, "refund", said) or error
     names = _SHOWN if status != 500 else ("no_refund",)  # a code can be about the service's configuration
     body |= {name: getattr(about, name) for name in names if getattr(about, name, None) is not None}
+    if status >= 500:
+        logger.error("HTTP status %d: %s: %s", status, type(raised).__name__, raised)
     return status, headers, {"error": type(error).__name__, "detail": detail, **body}
-
-
-def respond(error: Exception) -> tuple[int, dict[str, str], dict[str, Any]]:
-    """Return :func:`error_response` for a ``LianLianError`` at this moment; log the error if the status is 5xx."""
-    response = error_response(cast("LianLianError", error), system_clock().wall)
-    if response[0] >= 500:
-        logger.error("HTTP status %d: %s: %s", response[0], type(error).__name__, error)
-    return response
 
 
 async def refund_error(_request: object, error: Exception) -> Any:

@@ -50,9 +50,8 @@ from lianlian_async import (
     refund_many,
 )
 from lianlian_async.cli.sandbox.server import environment, serving
-from lianlian_async.clock import system_clock
 from lianlian_async.contrib.opentelemetry import OpenTelemetry
-from lianlian_async.contrib.web import error_response
+from lianlian_async.contrib.web import respond
 from lianlian_async.journal import Journal, SqliteJournal
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.sandbox import Fault, SandboxGateway, When
@@ -298,7 +297,7 @@ def _show_outcome(evidence: Evidence, result: object) -> None:
     evidence.show(result)
     if isinstance(result, LianLianError):
         evidence.show_error(result)
-        evidence.add("HTTP response", repr(error_response(result, system_clock().wall)))
+        evidence.add("HTTP response", repr(respond(result)))
     if isinstance(result, RefundOutcomeUnknown):
         evidence.add("JSON", json.dumps(result.to_dict()))
 
