@@ -67,8 +67,7 @@ class Case:
     """Creates the query exchange. Called only if a query is needed, because its signature takes time."""
     clock: Clock
     sent_at: Moment | None = None
-    """Upper bound for the time at which the gateway may have received an attempt. None: no attempt can
-    have made the refund."""
+    """The latest time at which an attempt may have arrived. None: no attempt can have made the refund."""
     earlier_sent_at: Moment | None = None
     """``sent_at`` of an earlier call, maybe on another machine, until :meth:`_merge_earlier` merges it."""
     refused: RefundRejected | None = None
@@ -78,11 +77,10 @@ class Case:
     before_resend: Callable[[str], Awaitable[bytes]]
     """Records in the journal that the request may be sent again, and returns its body; its argument is ``history``."""
     canary: Callable[[], Awaitable[LianLianError | bool]]
-    """Queries the canary, a refund that was made, to check the query service. True: the canary was found. False: there
-    is no usable canary. An error: "no such record" from this query service proves nothing."""
+    """Queries the canary, a refund that was made. True: found. False: there is no usable canary. An error: "no such
+    record" from this query service proves nothing."""
     traffic: Traffic = attrs.field(factory=Traffic)
     history: str = ""
-    """The facts about this refund, for the journal."""
     rejection: LianLianError | None = None
     """The rejection of the last attempt. It is raised after a query has proved that no earlier attempt succeeded."""
     retry_after: float | None = None
@@ -107,10 +105,6 @@ class Case:
             self.sent_at = asked_at
             return False
         return seconds >= self.apply.policy.not_found_grace
-
-    def was_sent_recently(self) -> bool:
-        """Return whether LianLian may soon show the refund. The wall clock is enough: no send depends on the result."""
-        return self.sent_at is None or self.clock().wall - self.sent_at.wall < _SHOWN_SOON
 
     def grace_left(self, sent_at: Moment, now: Moment) -> float:
         """Return the seconds until "no such record" can be believed."""
@@ -140,14 +134,6 @@ class Case:
         except AnswerMismatch as mismatch:
             return mismatch
         return doubt(refund, may_have_worked=self.sent_at is not None and self.refused is None)
-
-    async def check_query_service(self) -> bool:
-        """Query the canary; return whether it is usable. Raises ``RefundOutcomeUnknown`` if it is not found."""
-        proof = await self.canary()
-        if isinstance(proof, LianLianError):
-            self.query_error = proof
-            raise self.unknown()
-        return proof
 
     @property
     def is_refused(self) -> bool:
@@ -270,7 +256,9 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
     query = await case.make_query()
     if case.retry_after and not await backoff(query, retries_left, 0, case.retry_after):
         raise case.unknown()
-    queries, is_checked, is_recent = 0, False, case.was_sent_recently()
+    # The wall clock is enough, because no send depends on it.
+    is_recent = case.sent_at is None or case.clock().wall - case.sent_at.wall < _SHOWN_SOON
+    queries, is_checked = 0, False
     while True:
         asked_at = case.clock()
         reply = await send(attrs.evolve(query, attempt=case.traffic.queries + 1))
@@ -288,14 +276,18 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
         if case.not_found_is_believed(asked_at):
             if reply.refund is not None and not case.is_refused:  # one of our attempts may have made this record
                 break
-            if is_checked or not await case.check_query_service():
+            proof = not is_checked and await case.canary()
+            if not proof:
                 return None
+            if isinstance(proof, LianLianError):
+                case.query_error = proof
+                break
             is_checked = True
             continue  # query once more: the query service may have been repaired just before the canary's answer
         grace_left = case.grace_left(case.sent_at or asked_at, case.clock())
-        if not is_recent and grace_left > query.deadline.left(anyio.current_time()):
-            break  # this call cannot send again, and more queries would probably find nothing either
-        if not await backoff(query, retries_left, queries, reply.retry_after):
+        # If this call cannot send again, more queries would probably find nothing either.
+        is_hopeless = not is_recent and grace_left > query.deadline.left(anyio.current_time())
+        if is_hopeless or not await backoff(query, retries_left, queries, reply.retry_after):
             break
         queries += 1
     raise case.unknown()
