@@ -1,13 +1,12 @@
 """Retry policy, retry budget and deadline. This module reads no clock: time and randomness are arguments."""
 
 import math
-from collections.abc import Callable
 from typing import Final
 
 import attrs
 
 from .errors import ConfigurationError
-from .settings import LONGEST, check_type, is_number
+from .settings import check_integer, check_seconds, check_type, is_number
 
 LONGEST_ATTEMPT: Final = 10.0
 """Seconds: the longest time that one attempt may take."""
@@ -84,18 +83,12 @@ class RetryPolicy:
 
     def __attrs_post_init__(self) -> None:
         check_type("RetryPolicy: budget", self.budget, RetryBudget)
-        rules: dict[str, tuple[str, Callable[[], bool]]] = {
-            "attempts": ("an integer of at least 1", lambda: isinstance(self.attempts, int) and self.attempts >= 1),
-            "initial": ("more than 0", lambda: self.initial > 0),
-            "maximum": ("finite and at least initial", lambda: self.initial <= self.maximum < math.inf),
-            "multiplier": ("from 1 to 1000", lambda: 1 <= self.multiplier <= 1000),  # 1000**64 fits a float
-            "not_found_grace": (f"from 0 to {LONGEST}", lambda: 0 <= self.not_found_grace <= LONGEST),
-        }
-        broken = {name: "a number" for name in rules if not is_number(getattr(self, name))}
-        broken = broken or {name: rule for name, (rule, holds) in rules.items() if not holds()}
-        if broken:
-            problems = [f"{name} must be {rule}, is {getattr(self, name)!r}" for name, rule in broken.items()]
-            raise ConfigurationError("RetryPolicy: " + "; ".join(problems))
+        check_integer("RetryPolicy: attempts", self.attempts, least=1)
+        check_seconds("RetryPolicy: initial", self.initial)
+        check_seconds("RetryPolicy: maximum", self.maximum, least=self.initial)
+        check_seconds("RetryPolicy: not_found_grace", self.not_found_grace, least=0)
+        if not is_number(self.multiplier) or not 1 <= self.multiplier <= 1000:  # 1000**64 fits a float
+            raise ConfigurationError(f"RetryPolicy: multiplier: must be from 1 to 1000, is {self.multiplier!r}")
 
     def pause(self, retries: int, random: float, retry_after: float | None = None) -> float:
         """Return the seconds to wait before the next attempt.

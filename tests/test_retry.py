@@ -60,28 +60,29 @@ def test_unusable_retry_after_is_ignored():
 @pytest.mark.parametrize(
     ("settings", "rule"),
     [
-        ({"attempts": 0}, "attempts"),
+        ({"attempts": 0}, "attempts: must be an integer of at least 1, is 0"),
         ({"attempts": 1.5}, "attempts"),
-        ({"initial": 0}, "initial must"),
-        ({"initial": -1}, "initial must"),
-        ({"initial": math.nan}, "initial must"),
-        ({"attempts": True}, "attempts must be a number"),
-        ({"attempts": 2.0}, "attempts must be an integer"),
-        ({"initial": "0.5", "maximum": None}, "initial must be a number, is '0.5'; maximum must be a number, is None"),
-        ({"initial": 10**400, "maximum": 10**401}, "initial must be a number, is 1000"),
+        ({"attempts": True}, "attempts"),
+        ({"attempts": 2.0}, "attempts"),
+        ({"initial": 0}, "initial: must be a number of seconds greater than 0"),
+        ({"initial": -1}, "initial"),
+        ({"initial": math.nan}, "initial"),
+        ({"initial": "0.5"}, "initial: .*, is '0.5'"),
+        ({"initial": 10**400, "maximum": 10**401}, "initial: .*, is 1000"),
+        ({"initial": math.inf, "maximum": math.inf}, "initial"),
         ({"budget": 5}, "budget: must be of type RetryBudget, not int"),
-        ({"maximum": 0.4}, "maximum must"),
-        ({"maximum": math.inf}, "maximum must be finite"),
-        ({"maximum": math.nan}, "maximum must"),
-        ({"initial": math.inf, "maximum": math.inf}, "maximum must be finite"),
-        ({"multiplier": 0.5}, "multiplier"),
+        ({"maximum": None}, "maximum"),
+        ({"maximum": 0.4}, "maximum: must be a number of seconds of at least 0.5"),
+        ({"maximum": math.inf}, "maximum"),
+        ({"maximum": math.nan}, "maximum"),
+        ({"multiplier": 0.5}, "multiplier: must be from 1 to 1000, is 0.5"),
         ({"multiplier": 1000.5}, "multiplier"),
         ({"multiplier": 1e10}, "multiplier"),
         ({"multiplier": math.nan}, "multiplier"),
-        ({"not_found_grace": -1}, "not_found_grace"),
-        ({"not_found_grace": math.nan}, "not_found_grace must be a number, is nan"),
-        ({"not_found_grace": math.inf}, "not_found_grace must be from 0 to 1000000000, is inf"),
-        ({"not_found_grace": 1e12}, "not_found_grace must be from 0 to 1000000000, is 1000000000000.0"),
+        ({"not_found_grace": -1}, "not_found_grace: must be a number of seconds of at least 0"),
+        ({"not_found_grace": math.nan}, "not_found_grace"),
+        ({"not_found_grace": math.inf}, "not_found_grace: .* at most 1000000000, is inf"),
+        ({"not_found_grace": 1e12}, "not_found_grace"),
     ],
 )
 def test_unusable_policy_is_refused(settings, rule):
@@ -95,7 +96,7 @@ def test_the_edges_of_the_rules_are_allowed():
     policy = RetryPolicy(attempts=1, initial=2, maximum=2, multiplier=1, not_found_grace=0, budget=RetryBudget())
     assert policy.pause(5, 0.5) == 1.0
     assert RetryPolicy(multiplier=1000).pause(10_000, 0.5) == 4.0
-    assert RetryPolicy(initial=1, maximum=1e300).pause(10_000, 0.5) == 2.0**63  # the exponent is at most 64
+    assert RetryPolicy(initial=1, maximum=1e9).pause(10_000, 0.5) == 5e8  # the exponent is at most 64
     assert taken(TokenBucket(RetryBudget(capacity=1, per_second=0)), 0.0) == 1
 
 
@@ -104,13 +105,6 @@ def test_the_defaults_are_the_documented_ones():
     policy = RetryPolicy()
     assert (policy.attempts, policy.not_found_grace) == (4, 900.0)
     assert (policy.budget.capacity, policy.budget.per_second) == (500.0, 50.0)
-
-
-def test_all_unusable_settings_are_named_together():
-    """One message names all of them."""
-    with pytest.raises(ConfigurationError) as caught:
-        RetryPolicy(attempts=0, multiplier=0, not_found_grace=-1)
-    assert str(caught.value).count("; ") == 2
 
 
 def test_policies_are_values():
