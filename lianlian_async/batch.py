@@ -1,7 +1,6 @@
 """Batches: ``refund_many`` takes any number of requests and yields the outcome of each refund."""
 
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import aclosing
 from typing import Self, TypeAlias, TypeVar
 
 import anyio
@@ -14,8 +13,8 @@ from .models import RefundRequest
 from .outcome import Outcome
 from .session import RefundSession
 from .settings import check_integer, check_journal, check_type
-from .signature_watch import Admission
-from .worker_pool import Handover, iterate, run_workers
+from .signature_watch import Admission, SignatureWatch
+from .worker_pool import Handover, run_workers
 
 T = TypeVar("T")
 _Held: TypeAlias = tuple[float, RefundOutcomeUnknown, Outcome]
@@ -84,7 +83,7 @@ def refund_many(
         keep_going=keep_going,
         wait_unknown=wait_unknown,
         query_first=query_first,
-        admission=Admission(session.signatures),
+        watch=session.signatures,
     )
     return Outcomes(run)
 
@@ -138,7 +137,7 @@ class _Run:
     keep_going: bool
     wait_unknown: bool
     query_first: bool
-    admission: Admission
+    watch: SignatureWatch
     found: Handover[Outcome] = attrs.field(factory=Handover, init=False)
     unknown: list[_Held] = attrs.field(factory=list, init=False)
     _intake: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)
@@ -155,7 +154,7 @@ class _Run:
 
     async def work(self) -> None:
         """Make all refunds, then resolve the unknown ones."""
-        await self._drain(self._admitted(), self._refund)
+        await self._drain(self.requests, self._refund)
         await self._drain(self._due(), self._resolve)
         for _, _, outcome in self.unknown:  # left only if the batch has stopped
             await self.found.give(outcome)
@@ -169,7 +168,8 @@ class _Run:
         if self._failure is None:
             self._intake = anyio.CancelScope()
             try:
-                await run_workers(items, handle, workers=self.concurrency, intake=self._intake)
+                admission = Admission(self.watch, self.concurrency)
+                await run_workers(items, handle, workers=admission, intake=self._intake)
             except (KeyboardInterrupt, SystemExit, GeneratorExit, anyio.get_cancelled_exc_class()):
                 raise
             except BaseException as error:  # noqa: BLE001 - raised at the end of the iteration
@@ -179,24 +179,12 @@ class _Run:
         self._failure = self._failure or reason
         self._intake.cancel()
 
-    async def _admitted(self) -> AsyncGenerator[RefundRequest]:
-        """Yield each request when its refund may start."""
-        async with aclosing(iterate(self.requests)) as source:
-            while True:
-                await self.admission.enter()
-                try:
-                    request = await anext(source)
-                except StopAsyncIteration:
-                    return
-                yield request
-
     async def _refund(self, request: RefundRequest) -> None:
         try:
             outcome = await self.session.outcome_of(request, journal=self.journal, query_first=self.query_first)
         finally:
-            if (failure := self.admission.watch.failure()) is not None:
+            if (failure := self.watch.failure()) is not None:
                 self._stop(BatchStopped(failure))
-            self.admission.leave()  # only after _stop, because it may start another refund
         if self.wait_unknown and isinstance(outcome.error, RefundOutcomeUnknown):
             now = self.session.clock()
             due = now.boot + (outcome.error.ask_again_at - now.wall).total_seconds()

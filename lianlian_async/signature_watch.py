@@ -1,9 +1,9 @@
 """Stop a batch or worker early if answers have no valid signature: with a wrong key, every outcome would be unknown."""
 
-from math import inf
 from typing import Final
 
 import anyio
+from anyio.lowlevel import checkpoint_if_cancelled
 
 from .errors import SignatureInvalid
 from .exchange import Exchange, Reply
@@ -58,20 +58,21 @@ class SignatureWatch:
 class Admission:
     """Limits the refunds in flight of a batch or worker to ``limit``, at first to at most 4 (see ``_UNPROVED``)."""
 
-    def __init__(self, watch: SignatureWatch, limit: float = inf) -> None:
-        self.watch = watch
+    def __init__(self, watch: SignatureWatch, limit: int) -> None:
+        self._watch = watch
         self._limit = limit
         self.in_flight = 0
 
-    async def enter(self) -> None:
+    async def acquire(self) -> None:
         """Wait until another refund may start, and count it."""
-        while self.in_flight >= (self._limit if self.watch.has_verified else min(self._limit, _UNPROVED)):
-            if self.watch.changed.is_set():
-                self.watch.changed = anyio.Event()
-            await self.watch.changed.wait()
+        while self.in_flight >= (self._limit if self._watch.has_verified else min(self._limit, _UNPROVED)):
+            if self._watch.changed.is_set():
+                self._watch.changed = anyio.Event()
+            await self._watch.changed.wait()
+        await checkpoint_if_cancelled()  # the cancelled refunds leave at the same moment
         self.in_flight += 1
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Record that a refund has ended."""
         self.in_flight -= 1
-        self.watch.changed.set()
+        self._watch.changed.set()

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 from itertools import count
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import anyio
 
@@ -14,21 +14,26 @@ from .errors import LianLianError
 T = TypeVar("T")
 
 
+class _Slots(Protocol):
+    async def acquire(self) -> None: ...
+    def release(self) -> None: ...
+
+
 async def run_workers(
     items: Iterable[T] | AsyncIterable[T],
     handle: Callable[[T], Awaitable[object]],
     *,
-    workers: int,
+    workers: int | _Slots,
     intake: anyio.CancelScope,
 ) -> None:
-    """Call ``handle`` for each item, with at most ``workers`` concurrent calls.
+    """Call ``handle`` for each item, with at most ``workers`` concurrent calls, or each with one of these slots.
 
     The calling task takes the next item only when a worker is free. An async generator is always closed. After the
     first exception of ``items`` or ``handle``, or a cancellation of ``intake``, no further item is taken; the started
     items are finished, then the exception is raised. A cancellation that nobody requested is raised as
     ``LianLianError``. ``KeyboardInterrupt`` and ``SystemExit`` also cancel the started items.
     """
-    free = anyio.Semaphore(workers, fast_acquire=True)
+    free = anyio.Semaphore(workers, fast_acquire=True) if isinstance(workers, int) else workers
     failures: list[BaseException] = []
 
     @contextmanager

@@ -819,7 +819,7 @@ async def test_a_base_exception_of_a_middleware_ends_the_iteration():
     async with sandbox(**SLOW).session(max_connections=5, middleware=[middleware]) as session:
         numbers, error = await ended(refund_many(session, Source(30)))
     assert isinstance(error, Abort)
-    assert sorted(numbers) == ["R-1", "R-2", "R-4", "R-5"]
+    assert sorted(numbers) == ["R-1", "R-2", "R-4"]
 
 
 async def test_requests_that_raise_a_cancellation_end_the_iteration_with_an_error():

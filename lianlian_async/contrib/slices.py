@@ -160,7 +160,7 @@ class Slice:
             async with aclosing(outcomes):
                 async for outcome in outcomes:
                     del self._under_way[id(outcome.request)]
-                    worker.admission.leave()
+                    worker.admission.release()
                     if outcome.error is not None:
                         self._keep(outcome.request, outcome.error)
                     worker.on_outcome(outcome)  # after _keep, because it may raise
@@ -171,7 +171,7 @@ class Slice:
             worker.fail(error)
         finally:
             for _ in self._under_way:
-                worker.admission.leave()
+                worker.admission.release()
             worker.add_waiting(-len(self._unread))
         for request in self._under_way.values():
             self._retry(request, 0.0, "interrupted")
@@ -182,16 +182,16 @@ class Slice:
         """Yield each readable refund when it may start."""
         worker = self._worker
         while self._unread:
-            await worker.admission.enter()
+            await worker.admission.acquire()
             if worker.is_stopping:
-                worker.admission.leave()
+                worker.admission.release()
                 return
             row = self._unread.pop()
             worker.add_waiting(-1)
             try:
                 request = _read(row)
             except errors.InvalidRequest as error:
-                worker.admission.leave()
+                worker.admission.release()
                 self._fail(row, error)
             else:
                 self._under_way[id(request)] = request
