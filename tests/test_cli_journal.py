@@ -122,7 +122,7 @@ def test_show_counts_refunds_that_were_not_sent(gateway, file, journal):
 def test_watch_shows_the_journal_until_ctrl_c(left_open, more, terminal, look):
     """On a terminal it redraws the tables, else it prints them each time; Ctrl-C is its normal end."""
     with interruption(loops=2):
-        ended = run("journal", "show", "--journal", left_open, "--watch", "0.1", *more, env=terminal)
+        ended = run("journal", "show", "--journal", left_open, "--watch", *more, env=terminal)
     assert (ended.exit_code, ended.stderr) == (0, "")
     assert ended.stdout.count(look) >= 2
     assert ("\x1b[?25h" in ended.stdout) is (terminal.get("TERM") == "xterm")  # the cursor is visible again
@@ -132,11 +132,9 @@ def test_watch_redraws_on_a_terminal(left_open):
     """On a terminal it redraws a table; with NO_COLOR it prints one, without escape bytes."""
     terminal = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
     with interruption(loops=1):
-        drawn = run("journal", "show", "--journal", left_open, "--watch", "0.1", env=terminal).stdout
+        drawn = run("journal", "show", "--journal", left_open, "--watch", env=terminal).stdout
     with interruption(loops=1):
-        plain = run(
-            "journal", "show", "--journal", left_open, "--watch", "0.1", env=terminal | {"NO_COLOR": "1"}
-        ).stdout
+        plain = run("journal", "show", "--journal", left_open, "--watch", env=terminal | {"NO_COLOR": "1"}).stdout
     assert "\x1b[?25l" in drawn
     assert "\x1b" not in plain
     assert "│ accepted   │ 3 " in plain
@@ -144,7 +142,7 @@ def test_watch_redraws_on_a_terminal(left_open):
 
 def test_closed_pipe_ends_watch(left_open):
     """``lianlian journal show --watch | head -1`` ends; so does SIGTERM."""
-    with start("journal", "show", "--journal", left_open, "--watch", "0.1") as process:
+    with start("journal", "show", "--journal", left_open, "--watch") as process:
         assert process.stdout.readline().startswith("journal ")
         process.stdout.close()
         assert (process.wait(60), process.stderr.read()) == (0, "")

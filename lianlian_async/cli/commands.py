@@ -7,7 +7,6 @@ from typing import Final
 import click
 
 from lianlian_async import text_rules
-from lianlian_async.settings import LONGEST
 
 from . import options
 
@@ -164,14 +163,7 @@ def journal() -> None:
 
 
 @journal.command
-@click.option(
-    "--watch",
-    metavar="[SECONDS]",
-    is_flag=False,
-    flag_value=2.0,
-    type=options.Number(0.1, LONGEST),
-    help="Show the journal again every SECONDS (2 if omitted) until Ctrl-C.",
-)
+@click.option("--watch", is_flag=True, help="Show the journal again every second until Ctrl-C.")
 @options.runs(".journal", options.journal_argument, options.journal_options)
 def show() -> None:
     """Count the refunds in a journal, and list the 20 oldest unknown ones.

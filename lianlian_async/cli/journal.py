@@ -37,7 +37,8 @@ from .signals import sigterm_interrupts
 from .stores import find_journal, make_folder, make_journal, make_reader, read_queue
 
 _LONGEST_EVIDENCE: Final = 200
-_SECOND_LOOK: Final = 1.0
+_INTERVAL: Final = 1.0
+"""Seconds between two reports on a journal."""
 _REQUEST: Final = tuple(field.name for field in attrs.fields(RefundRequest))
 _RECORD: Final = ("ret_code", "ret_msg", "sta_refund", "oid_refundno", "settle_date", "evidence")
 _EXPORTED: Final = ("no_refund", "state", "sent_at", *_REQUEST[1:], *_RECORD)
@@ -57,18 +58,18 @@ _QUERY_DAYS: Final = 90
 """About three months: LianLian rejects queries about older refunds (3005)."""
 
 
-def show(output: Output, /, journal: str | None, place: str | None, config: Path | None, watch: float | None) -> None:
+def show(output: Output, /, journal: str | None, place: str | None, config: Path | None, watch: bool) -> None:
     place, report = find_journal(journal or place, config), None
-    if watch is not None:
+    if watch:
         with suppress(KeyboardInterrupt), sigterm_interrupts(), output.screen() as draw:
             while True:
                 report = anyio.run(read_journal, place, report)
                 draw(*journal_views(report))
-                time.sleep(watch)
+                time.sleep(_INTERVAL)
         return
     report = anyio.run(read_journal, place)
     if report.document["queue"].get("at_work"):  # the rate is computed from two reports
-        time.sleep(_SECOND_LOOK)
+        time.sleep(_INTERVAL)
         report = anyio.run(read_journal, place, report)
     output.show(*journal_views(report))
 
