@@ -48,7 +48,9 @@ def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) 
     with checked_file(file, merchant, options, output.note) as checked:
         if checked.problems.count and not options["skip_invalid"]:
             if options["out"] is not None:
-                results.write_unsent(options["out"], checked)
+                with results.result_writer(options["out"], checked) as write:
+                    for result in results.other_results(checked):
+                        write(result)
             results.show_checked(output, checked, "invalid, nothing was sent")
             return 2
         _refuse_too_much(checked.totals, options["max_total"], options["max_refund"])

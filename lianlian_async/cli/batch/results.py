@@ -116,13 +116,6 @@ def other_results(
         yield result | {"outcome": word, "what_to_do": _RUN_AGAIN + more}
 
 
-def write_unsent(out: Path, checked: Checked) -> None:
-    """Write every line of ``checked``, none of which was sent, to the file ``out``."""
-    with result_writer(out, checked) as write:
-        for result in other_results(checked):
-            write(result)
-
-
 def _result(line: int, fields: Mapping[str, str], cells: Mapping[str, str]) -> dict[str, Any]:
     # A non-empty cell of the file replaces the request's field of the same name.
     own = {column: text for column, text in cells.items() if text and column not in _OURS}
@@ -138,8 +131,8 @@ class Totals:
     yuan: Counter[ExitOutcome] = attrs.field(factory=Counter, init=False)
     reasons: Counter[Reason] = attrs.field(factory=Counter, init=False)
     """The number of refunds by reason."""
-    not_made: dict[Reason, list[Line]] = attrs.field(factory=dict, init=False)
-    """By reason, the 20 refunds with the lowest line numbers."""
+    not_made: dict[Reason, list[Line]] = attrs.field(factory=lambda: defaultdict(list), init=False)
+    """By reason, the first 20 refunds."""
     attempts: int = attrs.field(default=0, init=False)
     queries: int = attrs.field(default=0, init=False)
     ask_again_at: datetime | None = attrs.field(default=None, init=False)
@@ -158,10 +151,8 @@ class Totals:
         if word is not MADE:
             reason = _reason_of(outcome)
             self.reasons[reason] += 1
-            lines = self.not_made.setdefault(reason, [])
-            lines.append(line)
-            lines.sort(key=lambda each: each.line)
-            del lines[_KEPT:]
+            if self.reasons[reason] <= _KEPT:
+                self.not_made[reason].append(line)
 
     def check_complete(self) -> None:
         """Raise ``LianLianError`` if the batch ended without an error, but refunds have no outcome."""

@@ -45,7 +45,7 @@ def sandbox(
         serving(app, options["host"], options["port"]) as url,
         ExitStack() as at_end,
     ):
-        variables = environment(gateway, url, **{"notify_url": notify} if notify else {})
+        variables = environment(gateway, url) | ({"LIANLIAN_NOTIFY_URL": notify} if notify else {})
         write_new(env_file, "".join(f"{name}={shlex.quote(text)}\n" for name, text in variables.items()))
         at_end.callback(env_file.unlink, missing_ok=True)
         path = str(env_file.absolute())

@@ -6,7 +6,7 @@ import threading
 from asyncio import CancelledError
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
 import uvicorn
 
@@ -55,12 +55,9 @@ def serving(gateway: SandboxGateway | Notifier, host: str = "127.0.0.1", port: i
             thread.join()
 
 
-def environment(gateway: SandboxGateway, base_url: str, **overrides: Any) -> dict[str, str]:
-    """Return environment variables for ``Merchant.from_env`` to use ``gateway`` at ``base_url``.
-
-    Each RSA key is Base64 on one line. ``overrides`` replace arguments of ``Merchant``, except keys.
-    """
-    merchant = gateway.merchant(base_url, **overrides)
+def environment(gateway: SandboxGateway, base_url: str) -> dict[str, str]:
+    """Return environment variables for ``Merchant.from_env``, with each RSA key as Base64 on one line."""
+    merchant = gateway.merchant(base_url)
     return {
         "LIANLIAN_OID_PARTNER": merchant.oid_partner,
         "LIANLIAN_PRIVATE_KEY": "".join(gateway.merchant_key.to_pem().splitlines()[1:-1]),
