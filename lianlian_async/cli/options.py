@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -46,17 +45,6 @@ def is_dsn(place: str) -> bool:
 def place_name(place: str) -> str:
     """Return ``place`` for display. A DSN is not shown, because it may contain a password."""
     return "in PostgreSQL" if is_dsn(place) else place
-
-
-class Number(click.FloatRange):
-    """A number in a range. ``FloatRange`` would also accept NaN."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Return the number."""
-        number = float(super().convert(value, param, ctx))
-        if math.isnan(number):
-            self.fail(f"{value!r} is not a number", param, ctx)
-        return number
 
 
 class Place(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
@@ -117,7 +105,11 @@ config_option = click.option(
     "--config", type=existing_file, help="TOML file with the merchant; by default the LIANLIAN_ environment variables."
 )
 deadline_option = click.option(
-    "--deadline", metavar="SECONDS", type=Number(min=0, min_open=True), default=30.0, help="Time limit for each refund."
+    "--deadline",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    help="Time limit for each refund.",
 )
 session_options: Final = add_options(
     click.option(
@@ -127,7 +119,7 @@ session_options: Final = add_options(
     click.option(
         "--not-found-grace",
         metavar="SECONDS",
-        type=Number(0, LONGEST),
+        type=click.FloatRange(0, LONGEST),
         default=900.0,
         help="Time after the last attempt until the gateway's answer 'no such record' is believed; a shorter time is "
         "safe only if the gateway rejects a second refund with the same no_refund.",
