@@ -16,7 +16,6 @@ import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, nullcontext, suppress
-from types import TracebackType
 from typing import Any, Final, LiteralString, Self, TypeVar, cast
 
 import anyio
@@ -193,9 +192,7 @@ class RefundQueue:
             raise
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.app.close_async()
 
     async def enqueue(

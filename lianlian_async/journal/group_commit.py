@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from itertools import chain
 from typing import Any, Final, Self, TypeVar, cast
 
 import anyio
@@ -40,6 +41,7 @@ class Queued:
         """Give the caller a ``JournalError``, unless the operation has a result."""
         # A new exception for each caller: the traceback of a shared one would grow with each raise.
         self.result = self.result or Result(None, _failure(error))
+        self.done.set()
 
 
 class GroupCommitJournal(Journal):
@@ -186,7 +188,8 @@ class GroupCommitJournal(Journal):
         except BaseException as error:
             if not is_failure(error):
                 raise
-            _fail(batch, error)
+            for queued in batch:
+                queued.fail(error)
         self._writing = ()
         done.set()
 
@@ -197,14 +200,8 @@ class GroupCommitJournal(Journal):
                 f"journal {self._name}: its task ended with {error!r}, so it records nothing more; open it again"
             )
             self._failure.__cause__ = error
-            for batch in (self._writing, *self._batches):
-                _fail(batch, self._failure)
-
-
-def _fail(batch: Sequence[Queued], error: BaseException) -> None:
-    for queued in batch:
-        queued.fail(error)
-        queued.done.set()
+            for queued in chain(self._writing, *self._batches):
+                queued.fail(self._failure)
 
 
 def _failure(error: BaseException) -> JournalError:

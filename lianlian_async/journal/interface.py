@@ -18,7 +18,6 @@ never taken for a production refund.
 
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
-from types import TracebackType
 from typing import Protocol, Self, TypeVar, cast
 
 from lianlian_async.clock import Moment
@@ -38,9 +37,7 @@ class Journal(Protocol):
     async def __aenter__(self) -> Self:
         """Open it."""
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None, /
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         """Finish all writes and close it."""
 
     @property

@@ -119,12 +119,7 @@ class PostgresJournal(GroupCommitJournal):
 
     @without_locals
     def __init__(
-        self,
-        dsn: str,
-        *,
-        schema: str = "lianlian",
-        timeout: float = 10.0,
-        clock: Clock = system_clock,
+        self, dsn: str, *, schema: str = "lianlian", timeout: float = 10.0, clock: Clock = system_clock
     ) -> None:
         check_seconds("timeout", timeout, most=86_400)  # PostgreSQL counts it in milliseconds, as a 32-bit integer
         check_type("dsn", dsn, str)
@@ -169,10 +164,7 @@ class PostgresJournal(GroupCommitJournal):
 
     def _new_inbox(self) -> "PostgresJournal":
         return PostgresJournal(
-            self._dsn.reveal(),
-            schema=f"{self._schema}{_INBOX}",
-            timeout=self._timeout,
-            clock=self._clock,
+            self._dsn.reveal(), schema=f"{self._schema}{_INBOX}", timeout=self._timeout, clock=self._clock
         )
 
     async def _open(self) -> None:
@@ -199,16 +191,15 @@ class PostgresJournal(GroupCommitJournal):
         """Create or upgrade the tables. An advisory lock lets one worker at a time do so."""
         await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
         await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"journal {self._schema}"])
-        [row] = await (await connection.execute(sql.FIND_ENCODING)).fetchall()
-        if row["encoding"] != "UTF8":
+        [found] = await (await connection.execute(sql.FIND_TABLES, [self._schema])).fetchall()
+        if found["encoding"] != "UTF8":
             raise ConfigurationError(
-                f"journal {self._name}: the encoding of its database is {row['encoding']}, which cannot store every "
+                f"journal {self._name}: the encoding of its database is {found['encoding']}, which cannot store every "
                 "text of the gateway; use a database with the encoding UTF8"
             )
-        found = await (await connection.execute(sql.FIND_TABLES, [self._schema])).fetchall()
-        if not found:
+        if found["nspname"] is None:
             await connection.execute(self._sql(sql.CREATE_SCHEMA))
-        if not found or found[0]["tablename"] is None:
+        if found["tablename"] is None:
             await connection.execute(self._sql(sql.CREATE))
         rows = await (await connection.execute(self._sql(sql.READ_VERSION))).fetchall()
         if len(rows) != 1:

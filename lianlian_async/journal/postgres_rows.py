@@ -12,11 +12,11 @@ from .base import Ending, Entry, Owner, State
 from .postgres_moments import Reading
 
 FIND_TABLES: Final = """
-SELECT tablename FROM pg_namespace LEFT JOIN pg_tables ON schemaname = nspname AND tablename = 'version'
-WHERE nspname = %s
+SELECT current_setting('server_encoding') AS encoding, nspname, tablename
+FROM (VALUES (%s::name)) AS wanted (name) LEFT JOIN pg_namespace ON nspname = name
+    LEFT JOIN pg_tables ON schemaname = nspname AND tablename = 'version'
 """
-"""Returns no row without the schema, and NULL without the tables."""
-FIND_ENCODING: Final = "SELECT current_setting('server_encoding') AS encoding"
+"""``nspname`` is NULL without the schema, ``tablename`` without the tables."""
 FIND_UNSAFE: Final = "SELECT name FROM pg_settings WHERE name IN ('fsync', 'full_page_writes') AND setting = 'off'"
 READ_VERSION: Final = "SELECT * FROM {schema}.version WHERE EXISTS (SELECT FROM {schema}.eras)"
 CREATE_SCHEMA: Final = "CREATE SCHEMA {schema}"  # IF NOT EXISTS needs the right to create schemas, even if it exists

@@ -261,7 +261,7 @@ class JournalFile:
 
     def _entry(self, row: Sequence[Any]) -> Entry:
         no_refund, fields, sent_at, body, evidence, state, record, history = row
-        leased = self._leased[no_refund][1] if no_refund in self._leased else None
+        _, leased = self._leased.get(no_refund, (0, None))
         return Entry(
             no_refund=no_refund,
             fields=fields,

@@ -193,7 +193,8 @@ class Database:
         return [{}]
 
     def _find_tables(self, session: Session, _: str, schema: str) -> Rows:
-        return [{"tablename": "version"}] if (schema, "version", 0) in self.committed else []
+        found = "version" if (schema, "version", 0) in self.committed else None
+        return [{"encoding": "UTF8", "nspname": schema, "tablename": found}]
 
     def _create(self, session: Session, schema: str) -> Rows:
         owner = {"oid_partner": None, "apply_url": None}
@@ -302,7 +303,6 @@ STATEMENTS: Final[Mapping[str, Callable[..., Rows | Generator[None, None, Rows]]
     sql.CREATE_SCHEMA: lambda database, session, schema: [],
     sql.CREATE: Database._create,
     sql.READ_VERSION: Database._read_version,
-    sql.FIND_ENCODING: lambda database, session, schema: [{"encoding": "UTF8"}],
     sql.FIND_UNSAFE: lambda database, session, schema: [],
     sql.BIND: Database._bind,
     sql.BEGIN_ACTING[0]: Database._lock_table,
