@@ -68,7 +68,7 @@ def latest(one: Moment, other: Moment, now: Moment) -> Moment:
     """Return the later of two moments, even of different boots; return ``now`` if they cannot be compared."""
     since_one, since_other = elapsed(one, now), elapsed(other, now)
     if since_one is None or since_other is None:
-        return now
+        return one if one == other else now
     return one if since_one <= since_other else other
 
 

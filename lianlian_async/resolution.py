@@ -68,8 +68,6 @@ class Case:
     clock: Clock
     sent_at: Moment | None = None
     """The latest time at which an attempt may have arrived. None: no attempt can have made the refund."""
-    earlier_sent_at: Moment | None = None
-    """``sent_at`` of an earlier call, maybe on another machine, until :meth:`_merge_earlier` merges it."""
     refused: RefundRejected | None = None
     """The last answer *duplicate* or *in progress*. None: there is no such answer, or an attempt may have succeeded."""
     ask_first: bool = False
@@ -99,7 +97,6 @@ class Case:
         # The time from the query to its answer does not count. The gateway's time at the query is computed from the
         # clock after the answer, because this answer may be the first one with a Date header.
         asked_at = attrs.evolve(asked_at, gateway=None).dated(self.clock())
-        self._merge_earlier(asked_at)
         seconds = elapsed(self.sent_at, asked_at)
         if seconds is None:  # not measurable: the grace starts at this query; the journal keeps this moment
             self.sent_at = asked_at
@@ -112,17 +109,11 @@ class Case:
 
     def take_over(self, sent_at: Moment | None, refused: RefundRejected | None) -> None:
         """Add the evidence of an earlier call, which may have used another journal or machine."""
-        self._merge_earlier(self.clock())
         if self.sent_at is None:
             self.sent_at, self.refused = sent_at, refused
         else:
-            self.earlier_sent_at = sent_at
+            self.sent_at = latest(self.sent_at, sent_at or self.sent_at, self.clock())
             self.refused = self.refused and refused
-
-    def _merge_earlier(self, now: Moment) -> None:
-        """Set ``sent_at`` to the later of ``sent_at`` and ``earlier_sent_at``."""
-        if self.sent_at is not None and self.earlier_sent_at is not None:
-            self.sent_at, self.earlier_sent_at = latest(self.sent_at, self.earlier_sent_at, now), None
 
     def doubt(self, refund: RefundRecord) -> LianLianError | None:
         """Return why the record ``refund`` does not prove that this refund was made; None: it is a proof.
@@ -160,7 +151,6 @@ class Case:
         ``seconds_left``: how long the flight may still send for its other callers.
         """
         now = self.clock()
-        self._merge_earlier(now)
         sent_at = now.after(seconds_left) if seconds_left else (self.sent_at or now).dated(now)
         policy = self.apply.policy
         wait = max(self.grace_left(sent_at, now), policy.maximum, min(self.retry_after or 0.0, LONGEST_RETRY_AFTER))

@@ -54,7 +54,9 @@ def ago(seconds, **changed):
 )
 def test_no_such_record_is_believed_after_the_grace(sent_at, earlier, is_believed):
     """The grace counts from the last moment at which this call, or an earlier one, may have sent the refund."""
-    assert case(sent_at=sent_at, earlier_sent_at=earlier).not_found_is_believed(NOW) is is_believed
+    opened = case(sent_at=sent_at)
+    opened.take_over(earlier, None)
+    assert opened.not_found_is_believed(NOW) is is_believed
 
 
 def test_a_time_that_no_clock_measures_starts_at_the_query():
@@ -79,7 +81,7 @@ def test_the_gateways_time_of_a_query_comes_from_the_clock_after_its_answer():
 def test_a_call_that_sent_nothing_takes_over_the_evidence_of_an_earlier_one():
     opened, last = case(), refused()
     opened.take_over(ago(100), last)
-    assert (opened.sent_at, opened.earlier_sent_at, opened.refused) == (ago(100), None, last)
+    assert (opened.sent_at, opened.refused) == (ago(100), last)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,14 @@ def test_the_later_of_two_sends_counts():
         opened.take_over(first, None)
         opened.take_over(second, None)
         assert opened.unknown().moment == ago(50)
-        assert opened.earlier_sent_at is None
+
+
+@pytest.mark.parametrize(("other", "sent_at"), [(100, ago(100, timeline="other boot", gateway=None)), (50, NOW)])
+def test_two_sends_that_no_clock_compares_count_as_sent_now(other, sent_at):
+    """But the same send counts once, as when a call resolves the outcome that its journal has, too."""
+    opened = case(sent_at=ago(100, timeline="other boot", gateway=None))
+    opened.take_over(ago(other, timeline="other boot", gateway=None), None)
+    assert opened.sent_at == sent_at
 
 
 # ── an unknown outcome ───────────────────────────────────────────────────────────────────────────
