@@ -70,11 +70,7 @@ class Flights:
     _flights: dict[str, Flight] = attrs.field(factory=dict, init=False)
 
     async def join(self, order: Order, traffic: Traffic) -> Refund:
-        """Join the flight of this refund, or start one; return its refund.
-
-        ``traffic`` counts the flight's requests if this call starts it. Raises as :meth:`RefundSession.apply_refund`,
-        and ``RefundConflict`` if the request differs from the request of the flight.
-        """
+        """Return the refund of its flight; if there is none, start one, which counts its requests in ``traffic``."""
         number, leaves_at = order.request.no_refund, anyio.current_time() + order.seconds
         while (flight := self._flights.get(number)) is not None and (
             flight.is_abandoned

@@ -49,10 +49,7 @@ class GatewayClient:
 
     @classmethod
     async def open(cls, merchant: Merchant, transport: HttpSender, *, warm_up: int, **options: Any) -> Self:
-        """Load the keys and try to open ``warm_up`` connections; ``options`` are arguments of the class.
-
-        The client owns ``transport``: if opening fails, ``transport`` is closed.
-        """
+        """Load the keys and try to open ``warm_up`` connections; if this fails, close ``transport``."""
         try:
             rsa = await RsaWorker.open(merchant)
             await transport.warm_up(merchant.endpoints.apply, warm_up, LONGEST_ATTEMPT)

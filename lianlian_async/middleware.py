@@ -80,10 +80,7 @@ class Retry:
 
 
 async def backoff(exchange: Exchange, retries_left: TokenBucket, retries: int, retry_after: float | None) -> bool:
-    """Wait before the next attempt and return True.
-
-    Return False at once if too little time would be left for the next attempt, or if the retry budget is empty.
-    """
+    """Wait before the next attempt and return True; return False at once if too little time or no retry is left."""
     seconds = exchange.policy.pause(retries, random.random(), retry_after)  # noqa: S311 - jitter is not a secret
     now = anyio.current_time()
     if not exchange.deadline.attempt(now + seconds) or not retries_left.take(now):

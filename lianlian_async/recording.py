@@ -131,10 +131,7 @@ async def recorded(journal: Journal, request: RefundRequest) -> Refund | None:
 
 
 async def keep(journal: Journal, entry: Entry, case: Case, resolve: Callable[[], Awaitable[Refund]]) -> Refund:
-    """Run ``resolve`` for ``case``, and record its outcome in the claimed ``entry``, even if cancelled.
-
-    If the journal fails, the ``JournalError`` has the refund's outcome as ``said``.
-    """
+    """Run ``resolve`` for ``case``, and record its outcome in the claimed ``entry``, even if cancelled."""
     try:
         refund = await resolve()
     except (RefundRejected, RefundNotSent, RefundOutcomeUnknown, RefundConflict) as error:

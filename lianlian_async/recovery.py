@@ -36,10 +36,7 @@ async def resume(
     workers: int,
     clock: Clock,
 ) -> Resumed:
-    """Resolve every refund in ``journal`` that is UNRESOLVED, and query every ACCEPTED one for its final state.
-
-    Refunds that were certainly not made stay as they are until the next ``apply_refund`` for them.
-    """
+    """Resolve every refund in ``journal`` that is UNRESOLVED, and query every ACCEPTED one for its final state."""
     count = Counter[bool]()
 
     async def is_resolved(request: RefundRequest) -> bool:

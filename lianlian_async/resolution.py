@@ -116,10 +116,7 @@ class Case:
             self.refused = self.refused and refused
 
     def doubt(self, refund: RefundRecord) -> LianLianError | None:
-        """Return why the record ``refund`` does not prove that this refund was made; None: it is a proof.
-
-        Raises ``RefundConflict`` for a record of another refund.
-        """
+        """Return why ``refund`` does not prove that this refund was made; raise ``RefundConflict`` for another one."""
         try:
             matching(self.request, refund)
         except AnswerMismatch as mismatch:
@@ -146,10 +143,7 @@ class Case:
             self.sent_at = self.clock()
 
     def unknown(self, seconds_left: float = 0.0) -> RefundOutcomeUnknown:
-        """Return the unknown outcome, with the data that :meth:`RefundSession.resolve` needs.
-
-        ``seconds_left``: how long the flight may still send for its other callers.
-        """
+        """Return the unknown outcome; ``seconds_left``: how long the flight may still send for its other callers."""
         now = self.clock()
         sent_at = now.after(seconds_left) if seconds_left else (self.sent_at or now).dated(now)
         policy = self.apply.policy
@@ -175,11 +169,7 @@ class Case:
 
 
 async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
-    """Resolve ``case``; ``send`` is the session's middleware chain, ``retries_left`` its retry budget.
-
-    Raises ``RefundNotSent``, ``RefundRejected``, ``RefundConflict``, ``RefundOutcomeUnknown``, or the ``JournalError``
-    of ``before_resend`` or ``canary``.
-    """
+    """Return the refund, or raise its outcome; ``send`` is the middleware chain, ``retries_left`` the retry budget."""
     try:
         # A new refund is sent first; a refund that may have been sent is queried first.
         is_new = case.sent_at is None and not case.ask_first
@@ -239,10 +229,7 @@ async def _apply(case: Case, send: Next) -> Refund | None:
 
 
 async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | None:
-    """Query until there is a proof. Return the record; None: the refund was certainly not made.
-
-    Raises ``RefundConflict``, and ``RefundOutcomeUnknown`` if the queries end without a proof.
-    """
+    """Query until there is a proof. Return the record; None: the refund was certainly not made."""
     query = await case.make_query()
     if case.retry_after and not await backoff(query, retries_left, 0, case.retry_after):
         raise case.unknown()

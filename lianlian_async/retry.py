@@ -77,8 +77,8 @@ class RetryPolicy:
     not_found_grace: float = 900.0
     """Seconds after the last attempt that may have arrived, until "no such record" is believed.
 
-    Until then nothing is sent again. LianLian recommends querying 15 minutes after an
-    apply call. Choose a shorter time only for a gateway that is known to deduplicate ``no_refund``.
+    Until then nothing is sent again. LianLian recommends querying 15 minutes after an apply call. Choose a shorter time
+    only for a gateway that is known to deduplicate ``no_refund``.
     """
 
     def __attrs_post_init__(self) -> None:
@@ -111,10 +111,7 @@ class Deadline:
         return self.at - min(now, self.paused_at)
 
     def attempt(self, now: float) -> float:
-        """Return the timeout of the next attempt: half of the time left, at most 10 s, so that a query can follow.
-
-        Return 0.0 if too little time is left for another attempt.
-        """
+        """Return the next attempt's timeout: half of the time left, so that a query can follow; 0.0: too little."""
         share = min(self.left(now) / 2, LONGEST_ATTEMPT)
         return share if share >= SHORTEST_ATTEMPT else 0.0
 

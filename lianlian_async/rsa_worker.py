@@ -61,8 +61,7 @@ class RsaWorker:
     async def seal(self, fields: Mapping[str, str]) -> bytes:
         """Sign ``fields`` in the thread, and return the JSON to send.
 
-        One waiting caller leads: it starts a round, in which the thread signs for the waiting callers. Then the next
-        waiting caller leads.
+        One caller leads: it starts a round, in which the thread signs for all waiting callers. Then the next one leads.
         """
         job = _Job(fields)
         self._jobs.append(job)
