@@ -41,6 +41,10 @@ class SendCount:
         self.open_sends -= 1
 
 
+async def _always() -> bool:
+    return True
+
+
 @attrs.frozen(kw_only=True)
 class Exchange:
     """One request to the gateway: every attempt sends the same signed bytes."""
@@ -57,7 +61,7 @@ class Exchange:
     lease_holds: Callable[[], bool] = attrs.field(default=lambda: True, eq=False, repr=False)
     """Returns whether this call still has the refund's lease. It is called right before bytes are sent, because the
     lease may have ended during a wait, a connect or a suspension of the machine."""
-    is_open: Callable[[], Awaitable[bool]] | None = attrs.field(default=None, eq=False, repr=False)
+    is_open: Callable[[], Awaitable[bool]] = attrs.field(default=_always, eq=False, repr=False)
     """Returns whether the journal still has no outcome of the refund. It is awaited before each send."""
     attempt: int = 1
     """The number of this attempt in the call, from 1. Queries count separately, and each canary starts again at 1."""

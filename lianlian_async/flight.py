@@ -54,6 +54,8 @@ class Order:
     policy: RetryPolicy
     seconds: float
     """The call's time limit. The flight's waits for its connection slot and for the limiter do not count."""
+    traffic: Traffic
+    """Counts the requests of the flight that this call starts."""
     earlier: RefundOutcomeUnknown | None = None
     """The unknown outcome of an earlier call."""
     query_first: bool = False
@@ -69,8 +71,8 @@ class Flights:
     _open_refunds: OpenRefunds
     _flights: dict[str, Flight] = attrs.field(factory=dict, init=False)
 
-    async def join(self, order: Order, traffic: Traffic) -> Refund:
-        """Return the refund of its flight; if there is none, start one, which counts its requests in ``traffic``."""
+    async def join(self, order: Order) -> Refund:
+        """Return the refund of its flight, which is started if there is none."""
         number, leaves_at = order.request.no_refund, anyio.current_time() + order.seconds
         while (flight := self._flights.get(number)) is not None and (
             flight.is_abandoned
@@ -89,7 +91,7 @@ class Flights:
         else:
             # The caller is added before the task starts, because an eager task runs at once (Python 3.12).
             until = _SharedDeadline(caller, anyio.current_time())
-            flight = self._flights[number] = Flight(order, traffic, until, self._carry_out, self._unknown)
+            flight = self._flights[number] = Flight(order, until, self._carry_out, self._unknown)
         try:
             return await flight.join(caller)
         finally:
@@ -138,15 +140,15 @@ class Flights:
 
     def _open_case(self, flight: Flight, fields: Mapping[str, str], standing: Standing, entry: Entry) -> Case:
         """Return the case of a claimed refund, with what its ``entry`` says about earlier calls."""
-        order, is_open = flight.order, None
+        order, has_lease = flight.order, partial(self._is_before, flight.last_send)
         if entry.leased_until is not None and not isinstance(order.journal, OpenRefunds):
             flight.reads_at.at = anyio.current_time() + _READ_AGAIN
-            is_open = partial(self._is_open, order, flight.reads_at)
             flight.last_send.at = min(flight.last_send.at, entry.leased_until.boot)
+        is_open = partial(self._is_open, order, flight.reads_at)
         apply = self._gateway.exchange(Call.APPLY, fields, entry.body, flight.until, order.policy)
         return Case(
             request=order.request,
-            apply=attrs.evolve(apply, lease_holds=partial(self._is_before, flight.last_send), is_open=is_open),
+            apply=attrs.evolve(apply, lease_holds=has_lease, is_open=is_open),
             make_query=partial(self._query_exchange, order, flight.until),
             clock=self._clock,
             sent_at=entry.sent_at,
@@ -154,7 +156,7 @@ class Flights:
             ask_first=standing is Standing.ASK_FIRST or order.query_first,
             before_resend=partial(self._before_resend, order.journal, entry, flight.reads_at),
             canary=partial(self._canary, order, flight.until),
-            traffic=flight.traffic,
+            traffic=order.traffic,
             history=entry.history,
         )
 
@@ -292,7 +294,6 @@ class Flight:
     """A background task that makes one refund."""
 
     order: Order
-    traffic: Traffic
     until: _SharedDeadline
     _carry_out: Callable[[Flight], Awaitable[Refund]]
     _unknown: Callable[[Flight], RefundOutcomeUnknown]

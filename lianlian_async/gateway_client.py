@@ -87,8 +87,16 @@ class GatewayClient:
         if exchange.call is Call.APPLY and count.open_sends:  # a middleware repeats a request that may have arrived
             return unanswered(exchange, NoResponse("a middleware tried to send it again", may_have_arrived=True))
         count.open_sends += 1  # before any await: a middleware may leave this task running in the background
-        if (not_sent := await _not_open(exchange)) is not None:
-            return unanswered(exchange, not_sent)
+        is_open, problem, cause = False, "its outcome was recorded meanwhile", None
+        try:
+            is_open = await exchange.is_open()
+        except Exception as error:  # noqa: BLE001 - a journal may raise anything
+            problem, cause = f"the journal failed: {error}", error
+        finally:  # also after a cancellation
+            if not is_open:
+                count.take_back()
+        if not is_open:
+            return unanswered(exchange, NoResponse(problem, may_have_arrived=False, cause=cause))
         began, delivery = self.clock(), cast("Delivery | None", None)
         try:
             delivery = await self._transport.post(
@@ -117,17 +125,3 @@ class GatewayClient:
         """Wait for the last signature, then close the HTTP transport; a caller's client stays open."""
         await self._rsa.wait_until_idle()
         await self._transport.aclose()
-
-
-async def _not_open(exchange: Exchange) -> NoResponse | None:
-    """Return why the journal prevents this send, and do not count the send; None: the refund is still open."""
-    not_sent: NoResponse | None = NoResponse("its outcome was recorded meanwhile", may_have_arrived=False)
-    try:
-        if exchange.is_open is None or await exchange.is_open():
-            not_sent = None
-    except Exception as error:  # noqa: BLE001 - a journal may raise anything
-        not_sent = NoResponse(f"the journal failed: {error}", may_have_arrived=False, cause=error)
-    finally:  # also after a cancellation
-        if not_sent is not None:
-            exchange.send_count.take_back()
-    return not_sent

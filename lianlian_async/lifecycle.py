@@ -2,18 +2,10 @@
 
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
-from enum import Enum
+from typing import Literal
 
 import anyio
 import anyio.lowlevel
-
-
-class _State(Enum):
-    NEW = "not open: use it in `async with`"
-    OPENING = "opening"
-    OPEN = "open"
-    CLOSING = "closing"
-    CLOSED = "closed"
 
 
 class Lifecycle:
@@ -24,17 +16,17 @@ class Lifecycle:
 
     def __init__(self, slots: int) -> None:
         self._most = slots
-        self._state = _State.NEW
+        self._state: Literal["not open", "opening", "open", "closing", "closed"] = "not open"
 
     def __str__(self) -> str:
-        return self._state.name.lower()
+        return self._state
 
     @contextmanager
     def opening(self) -> Generator[None]:
         """Set the state to open after the block, or to closed if the block raises."""
-        if self._state not in (_State.NEW, _State.CLOSED):
-            raise self._misused(f"is {self._state.value}: enter it only once at a time")
-        self._state = _State.OPENING
+        if self._state not in ("not open", "closed"):
+            raise self._misused(f"is {self._state}: enter it only once at a time")
+        self._state = "opening"
         self._event_loop = anyio.lowlevel.current_token()
         self._slots = anyio.Semaphore(self._most, fast_acquire=True)
         self._idle = anyio.Event()
@@ -42,19 +34,19 @@ class Lifecycle:
         try:
             yield
         except BaseException:
-            self._state = _State.CLOSED
+            self._state = "closed"
             raise
-        self._state = _State.OPEN
+        self._state = "open"
 
     async def close(self) -> None:
         """Refuse further calls and wait for the running calls; if this wait is cancelled, close at once."""
-        self._state = _State.CLOSING
+        self._state = "closing"
         try:
             while self._running:
                 self._idle = anyio.Event()
                 await self._idle.wait()
         finally:
-            self._state = _State.CLOSED
+            self._state = "closed"
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -88,11 +80,13 @@ class Lifecycle:
 
     def check_open(self) -> None:
         """Raise ``RuntimeError`` unless the object is open."""
-        if self._state is not _State.OPEN:
-            raise self._misused(f"is {self._state.value}")
+        if self._state != "open":
+            raise self._misused(f"is {self._state}")
 
     def _misused(self, problem: str) -> RuntimeError:
-        hint = ""
-        if self._state is not _State.NEW and anyio.lowlevel.current_token() != self._event_loop:
-            hint = "; in synchronous code, keep one loop in a thread: see the blocking portal in lianlian_async.contrib"
-        return RuntimeError(f"this RefundSession {problem}{hint}")
+        if self._state == "not open":
+            problem += ": use it in `async with`"
+        elif anyio.lowlevel.current_token() != self._event_loop:
+            problem += "; in synchronous code, keep one loop in a thread"
+            problem += ": see the blocking portal in lianlian_async.contrib"
+        return RuntimeError(f"this RefundSession {problem}")

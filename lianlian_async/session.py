@@ -365,13 +365,14 @@ class RefundSession:
             journal=self._open_refunds if journal is None else journal,
             policy=policy,
             seconds=seconds,
+            traffic=traffic,
             earlier=earlier,
             query_first=query_first or self._query_first,
         )
         name = "apply_refund" if earlier is None else "resolve"
         try:
             with self._life.in_use():
-                return await self._observed(name, request.no_refund, self._flights.join(order, traffic), traffic)
+                return await self._observed(name, request.no_refund, self._flights.join(order), traffic)
         except errors.RefundNotSent as error:
             raise errors.misconfigured(error) or error from error.__cause__
 

@@ -320,7 +320,7 @@ async def test_a_session_that_is_not_open_raises():
     """Before ``async with`` every call raises, and the message shows the cure."""
     session = sandbox().session()
     await assert_refuses(session, "not open: use it in `async with`")
-    assert repr(session) == "<RefundSession 201103171000000000 new>"
+    assert repr(session) == "<RefundSession 201103171000000000 not open>"
 
 
 async def test_a_closed_session_raises():
