@@ -166,7 +166,7 @@ async def _store(journal: Journal, entry: Entry, case: Case, outcome: Refund | L
     """Record ``outcome``, even if cancelled. Return the entry as stored, or None if only its lease ended."""
     how = moment = refused = None
     match outcome:
-        case Refund():
+        case RefundRecord():
             how = ending(outcome)
         case RefundConflict():
             how = Ending(state=State.CONFLICT, record=outcome.record or {})

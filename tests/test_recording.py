@@ -23,6 +23,7 @@ from lianlian_async import (
     RefundNotFound,
     RefundNotSent,
     RefundOutcomeUnknown,
+    RefundRecord,
     RefundRejected,
     RefundRequest,
     RefundSession,
@@ -730,6 +731,20 @@ async def test_a_conflict_without_a_record_stays_a_conflict(new_journal):
         with pytest.raises(RefundConflict, match="before a person has decided"):
             await learn(journal, Refund.from_dict(wire.decode(record)), boot_clock())
     assert gateway.requests == {"apply": 1}
+
+
+async def test_a_record_without_an_amount_from_a_middleware_is_recorded(new_journal):
+    """The gateway's record may lack a field: the refund was made nevertheless."""
+    gateway = sandbox(settle_after=0)
+
+    async def shortening(exchange, call_next):
+        reply = await call_next(exchange)
+        record = {name: text for name, text in reply.refund.raw.items() if name != "money_refund"}
+        return attrs.evolve(reply, refund=RefundRecord.from_dict(record))
+
+    async with shop(gateway, new_journal, middleware=[shortening]) as (session, journal):
+        await session.apply_refund(refund_request())
+        assert (await journal.find("R-1")).state is State.DONE
 
 
 @pytest.mark.parametrize(("behind", "dt_refund"), [(0, EPOCH), (3600, EPOCH), (0, EPOCH + timedelta(hours=16))])
