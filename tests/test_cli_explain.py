@@ -28,7 +28,7 @@ from lianlian_async import (
 )
 from lianlian_async.clock import system_clock
 from lianlian_async.journal import Ending, Intent, SqliteJournal, State
-from lianlian_async.journal.operations import Begin
+from lianlian_async.journal.operations import Begin, Operation
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.journal.sqlite_file import JournalFile
 from lianlian_async.recording import learn, recorded_refund
@@ -443,7 +443,7 @@ def test_a_journal_is_backed_up_while_it_is_in_use(journal, env, gateway):
 def test_a_killed_backup_leaves_no_incomplete_file(journal):
     """Either the backup is complete, or it does not exist."""
     with closing(JournalFile(str(journal))) as file:
-        file.write([Begin(intent(f"R-{number}"), now()) for number in range(20_000)])
+        file.write([Operation(f"R-{number}", Begin(intent(f"R-{number}"), now())) for number in range(20_000)])
     target = journal.with_name("journal.backup")
     process = start("journal", "backup", target)
     until(lambda: process.poll() is not None or list(target.parent.glob("journal.backup*")))

@@ -222,4 +222,4 @@ async def test_a_begin_after_its_rollback_records_nothing():
     begin = Begin(intent(), now())
     assert begin.take_back(None, False) is None
     with pytest.raises(JournalError, match="not begun, because its call was cancelled"):
-        begin.apply(None, False)
+        begin(None, False)

@@ -18,7 +18,7 @@ from lianlian_async import ConfigurationError, InvalidRequest, RefundConflict
 from lianlian_async.errors import JournalError
 from lianlian_async.journal import Ending, Entry, MemoryJournal, SqliteJournal, Standing, State
 from lianlian_async.journal.base import added, facts
-from lianlian_async.journal.operations import Begin
+from lianlian_async.journal.operations import Begin, Operation
 from tests.support import journals
 from tests.support.journals import ACCEPTED, MADE, REJECTED, held, intent, now
 
@@ -505,14 +505,14 @@ async def test_two_threads_never_get_the_same_lease_of_a_memory_journal(anyio_ba
     thread = threading.Thread(target=partial(anyio.run, begin_there, backend=anyio_backend_name))
 
     class Interrupted(Begin):
-        def apply(self, entry, is_acting):
-            result = super().apply(entry, is_acting)
+        def __call__(self, entry, is_acting):
+            result = super().__call__(entry, is_acting)
             thread.start()
             thread.join(0.1)  # without the lock the other thread ends now, and it gets the lease, too
             return result
 
     interrupted = Interrupted(intent(), now())
-    await journal.record(interrupted)
+    await journal.record(Operation("R-1", interrupted))
     standings.append(interrupted.standing)
     await anyio.to_thread.run_sync(thread.join)
     assert standings == [Standing.NEW, Standing.LEASED]
@@ -795,6 +795,6 @@ def test_the_wait_for_the_database_is_a_part_of_the_lease():
     called_at = now()
     begin = Begin(intent("R-1", lease=30.0), called_at)
     begin.postpone(called_at.boot + 5)
-    entry = begin.apply(None, False)
+    entry = begin(None, False)
     assert begin.now == called_at.after(5)
     assert entry.leased_until == called_at.after(30)

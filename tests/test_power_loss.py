@@ -10,7 +10,7 @@ from contextlib import closing
 import attrs
 import pytest
 
-from lianlian_async.journal.operations import Begin
+from lianlian_async.journal.operations import Begin, Operation
 from lianlian_async.journal.sqlite_file import JournalFile, restore
 from tests.programs import power_loss
 from tests.programs.power_loss import Recording, Request, Sync, Told
@@ -80,7 +80,7 @@ def test_the_names_of_a_backup_and_of_a_restored_journal_are_synced(tmp_path, mo
 
     monkeypatch.setattr("os.fsync", noted)
     with closing(JournalFile(str(journal))) as file:
-        file.write([Begin(intent("R-1"), now())])
+        file.write([Operation("R-1", Begin(intent("R-1"), now()))])
         file.backup(backup)
     restore(backup, restored, now())
     assert [backup.name in synced[0], restored.name in synced[-1]] == [True, True]

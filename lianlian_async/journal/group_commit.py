@@ -20,7 +20,7 @@ from lianlian_async.models import check_storable
 
 from .base import Entry, JournalError, Owner
 from .interface import Journal
-from .operations import Begin, Change, Operation, Result
+from .operations import Begin, Operation, Result
 
 E = TypeVar("E", bound=Entry | None)
 
@@ -145,9 +145,9 @@ class GroupCommitJournal(Journal):
             while queued.result is None:
                 await queued.done.wait()
         except BaseException:  # a begin is taken back; any other operation is recorded nevertheless
-            if isinstance(queued.operation, Begin) and self._failure is None:
-                queued.operation.is_taken_back = True  # at once: a retry of this begin may run beside its take_back
-                self._put(Change(operation.no_refund, queued.operation.take_back))
+            if isinstance(begin := operation.apply, Begin) and self._failure is None:
+                begin.is_taken_back = True  # at once: a retry of this begin may run beside its take_back
+                self._put(Operation(operation.no_refund, begin.take_back))
             raise
         if queued.result.error is not None:
             raise queued.result.error

@@ -76,7 +76,7 @@ class Journal(Protocol):
         Raises ``RefundConflict`` if the journal has the number with other fields.
         """
         begin = operations.Begin(intent, now)
-        await self.record(begin)
+        await self.record(operations.Operation(intent.no_refund, begin))
         return begin.standing, cast("Entry", begin.found)
 
     async def resend(self, entry: Entry, history: str = "") -> None:
@@ -85,7 +85,7 @@ class Journal(Protocol):
         ``history``, here and in :meth:`finish` and :meth:`release`: the entry's history with the facts of this call.
         Raises :class:`JournalError` if another call has taken the lease or resolved the refund.
         """
-        await self.record(operations.Change(entry.no_refund, partial(operations.resend, entry, history)))
+        await self.record(operations.Operation(entry.no_refund, partial(operations.resend, entry, history)))
 
     async def finish(self, entry: Entry, ending: Ending, history: str = "") -> Entry:
         """Record the outcome of ``entry``, end its lease, and return the entry as stored.
@@ -93,7 +93,9 @@ class Journal(Protocol):
         The first outcome wins; only ACCEPTED may become FINAL or DONE later. Idempotent. An entry that the journal has
         lost is written again. After :meth:`begin_acting`, a DONE ending is recorded as FINAL until :meth:`acted`.
         """
-        return await self.record(operations.Change(entry.no_refund, partial(operations.finish, entry, ending, history)))
+        return await self.record(
+            operations.Operation(entry.no_refund, partial(operations.finish, entry, ending, history))
+        )
 
     async def begin_acting(self) -> None:
         """Switch the journal permanently, for all processes: record a final refund as FINAL until :meth:`acted`.
@@ -104,7 +106,7 @@ class Journal(Protocol):
 
     async def acted(self, no_refund: str, now: Moment) -> None:
         """Record that ``on_refund`` has returned: FINAL becomes DONE; every other state stays as it is."""
-        await self.record(operations.Change(no_refund, partial(operations.acted, now)))
+        await self.record(operations.Operation(no_refund, partial(operations.acted, now)))
 
     async def release(
         self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None, history: str = ""
@@ -116,7 +118,7 @@ class Journal(Protocol):
         lease; if another call has resolved the refund, only adds the history.
         """
         await self.record(
-            operations.Change(entry.no_refund, partial(operations.release, entry, sent_at, refused, history))
+            operations.Operation(entry.no_refund, partial(operations.release, entry, sent_at, refused, history))
         )
 
     async def decide(self, no_refund: str, ending: Ending, now: Moment) -> Entry:
@@ -125,7 +127,7 @@ class Journal(Protocol):
         Raises :class:`JournalError` if the refund has no entry, is leased, is FINAL or DONE, was rejected with a
         signature, or was decided already. A rejection cannot replace a rejection.
         """
-        return await self.record(operations.Change(no_refund, partial(operations.decide, no_refund, ending, now)))
+        return await self.record(operations.Operation(no_refund, partial(operations.decide, no_refund, ending, now)))
 
     async def canaries(self) -> list[Entry]:
         """Return a sample, of different ages, of the entries whose :attr:`~Entry.is_canary` is true, newest first."""
@@ -141,7 +143,7 @@ class Journal(Protocol):
 
     async def find(self, no_refund: str) -> Entry | None:
         """Return the entry of one refund."""
-        return await self.record(operations.Change(no_refund, operations.find))
+        return await self.record(operations.Operation(no_refund, operations.find))
 
     async def counts(self) -> Mapping[State, int]:
         """Return the number of refunds in each state."""

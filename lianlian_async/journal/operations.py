@@ -8,7 +8,7 @@ same object if nothing changes.
 import json
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from uuid import uuid4
 
 import attrs
@@ -22,24 +22,13 @@ from .base import Ending, Entry, Intent, JournalError, Standing, State, added, j
 E_co = TypeVar("E_co", bound=Entry | None, covariant=True)
 
 
-class Operation(Protocol[E_co]):
-    """An operation on the journal entry of one refund."""
-
-    @property
-    def no_refund(self) -> str:
-        """The refund's number."""
-
-    @property
-    def apply(self) -> Callable[[Entry | None, bool], E_co]:
-        """The function from the stored entry to the entry to store. It may raise an error for the caller."""
-
-
 @attrs.frozen
-class Change(Generic[E_co]):
-    """Every :class:`Operation` but :class:`Begin`: a function of this module, without its last two arguments."""
+class Operation(Generic[E_co]):
+    """An operation on the journal entry of one refund."""
 
     no_refund: str
     apply: Callable[[Entry | None, bool], E_co]
+    """A :class:`Begin`, or a function of this module without its last two arguments. May raise the caller's error."""
 
 
 class Result(NamedTuple):
@@ -83,11 +72,6 @@ class Begin:
     is_taken_back: bool = attrs.field(default=False, init=False)
     """Whether the caller was cancelled: the operation then records nothing."""
 
-    @property
-    def no_refund(self) -> str:
-        """The refund's number."""
-        return self.intent.no_refund
-
     def postpone(self, boot: float) -> None:
         """Move ``now`` forward to the boot-clock reading ``boot``, but do not move the end of the lease."""
         seconds = boot - self.now.boot
@@ -114,13 +98,13 @@ class Begin:
             is_sent = now < until and dt_refund < wire.format_timestamp(lost_at)
             self.sent_at = self.now if is_sent else None
 
-    def apply(self, entry: Entry | None, _is_acting: bool) -> Entry:
+    def __call__(self, entry: Entry | None, _is_acting: bool) -> Entry:
         """Take the lease, unless the outcome is known or another call has the lease."""
         if self.is_taken_back:
-            raise JournalError(f"refund {self.no_refund}: not begun, because its call was cancelled")
+            raise JournalError(f"refund {self.intent.no_refund}: not begun, because its call was cancelled")
         if entry is None:
             return self._new(added("", self.now, "begun"))
-        check_request(self.no_refund, self.intent.fields, entry.fields)
+        check_request(self.intent.no_refund, self.intent.fields, entry.fields)
         self.found = entry
         if entry.ending is not None:
             self.standing = Standing.FINISHED
@@ -144,7 +128,7 @@ class Begin:
         """Return the entry with the end of the lease as ``sent_at``: the caller may send until then, and then crash."""
         self.standing = Standing.ASK_FIRST if self.ask_first else Standing.NEW
         self.found = Entry(
-            no_refund=self.no_refund,
+            no_refund=self.intent.no_refund,
             fields=self.intent.fields,
             body=self.intent.body,
             sent_at=self.sent_at,

@@ -35,7 +35,7 @@ from lianlian_async.settings import check_seconds, check_type
 from . import postgres_rows as sql
 from .base import Entry, Intent, JournalError, Owner, Standing, State, upgrade_steps
 from .group_commit import GroupCommitJournal, Queued
-from .operations import Begin, Change, Operation, Result, find, perform
+from .operations import Begin, Operation, Result, find, perform
 from .postgres_moments import Reading
 from .postgres_rows import entry_of, owner_of, rows_of
 
@@ -270,10 +270,12 @@ class PostgresJournal(GroupCommitJournal):
                 )
             await self._carry_out(batch, until, pause)
             # The take_back of a cancelled begin may have run before this commit, and so left the lease: repeat it.
-            begins = (queued.operation for queued in batch if isinstance(queued.operation, Begin))
-            if late := [
-                Queued(Change(begin.no_refund, begin.take_back), done) for begin in begins if begin.is_taken_back
-            ]:
+            late = [
+                Queued(Operation(queued.operation.no_refund, begin.take_back), done)
+                for queued in batch
+                if isinstance(begin := queued.operation.apply, Begin) and begin.is_taken_back
+            ]
+            if late:
                 await self._carry_out(late, until, pause)
 
         def end(error: BaseException | None) -> None:
@@ -339,10 +341,10 @@ class PostgresJournal(GroupCommitJournal):
         rows = {row["no_refund"]: row for row in found if row["no_refund"] is not None}
         before = {number: entry_of(row, reading) for number, row in rows.items()}
         for operation in operations:
-            if isinstance(operation, Begin):
-                operation.postpone(reading.after.boot)
+            if isinstance(begin := operation.apply, Begin):
+                begin.postpone(reading.after.boot)
                 if reading.era > 1:
-                    operation.allow_for_failover(reading.began, reading.database)
+                    begin.allow_for_failover(reading.began, reading.database)
         after = before.copy()
         results = perform(operations, after, is_acting=self._is_acting or found[0]["is_acting"])
         changed = [entry for number, entry in after.items() if number in rows and entry is not before[number]]

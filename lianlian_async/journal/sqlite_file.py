@@ -198,7 +198,7 @@ class JournalFile:
                 self._checkpoint()
             known = self._known({operation.no_refund for operation in operations})
             before = {no_refund: entry for no_refund, (_, entry) in known.items()}
-            self._allow_for_restore([operation for operation in operations if isinstance(operation, Begin)])
+            self._allow_for_restore([each.apply for each in operations if isinstance(each.apply, Begin)])
             after = before.copy()
             results = perform(operations, after, is_acting=self._is_acting)
             changed = [entry for no_refund, entry in after.items() if entry is not before.get(no_refund)]

@@ -18,7 +18,7 @@ from lianlian_async.errors import JournalError
 from lianlian_async.exchange import Finding
 from lianlian_async.flight import Flights
 from lianlian_async.journal import Entry, Standing, operations
-from lianlian_async.journal.operations import Begin, Change, Operation
+from lianlian_async.journal.operations import Begin, Operation
 from lianlian_async.resolution import Case, Step
 from lianlian_async.retry import Deadline
 
@@ -127,7 +127,7 @@ def in_order(requests: list[Request]) -> tuple[Request, ...]:
 
 
 def _change(function: Callable[..., Entry | None], *arguments: Any) -> Operation[Any]:
-    return Change("R-1", partial(function, *arguments))
+    return Operation("R-1", partial(function, *arguments))
 
 
 def _release(worker: Worker, sent_at: Moment | None) -> Operation[Any]:
@@ -219,7 +219,7 @@ class Model:
     def _idle(self, world: World, number: int, worker: Worker) -> Steps:
         now = self._clock(world, number, worker)
         begin = Begin(parts.intent(self.bounds.lease), now, f"worker {number}")
-        _, after = self._do(world, number, worker, begin)
+        _, after = self._do(world, number, worker, _change(begin))
         standing, entry = begin.standing, parts.without_history(begin.found)
         if standing is Standing.FINISHED or standing is Standing.LEASED:
             return

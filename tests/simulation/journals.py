@@ -271,8 +271,8 @@ class _NodesPostgresJournal(PostgresJournal):
         self._loop = loop
 
     async def record(self, operation: Operation[Any]) -> Any:
-        if isinstance(operation, Begin):
-            operation.holder = f"{self._loop.name}-{operation.holder}"
+        if isinstance(begin := operation.apply, Begin):
+            begin.holder = f"{self._loop.name}-{begin.holder}"
         return await super().record(operation)
 
 
