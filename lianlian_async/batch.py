@@ -206,14 +206,8 @@ class _Run:
         except Exception:
             await self._tell(earlier)
             raise
-        await self._tell(
-            attrs.evolve(
-                later,
-                attempts=earlier.attempts + later.attempts,
-                queries=earlier.queries + later.queries,
-                seconds=earlier.seconds + later.seconds,
-            )
-        )
+        totals = {name: getattr(earlier, name) + getattr(later, name) for name in ("attempts", "queries", "seconds")}
+        await self._tell(attrs.evolve(later, **totals))
 
     async def _tell(self, outcome: Outcome) -> None:
         error = outcome.error

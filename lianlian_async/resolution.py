@@ -39,20 +39,14 @@ class Step(Enum):
     ASK = "query before anything else"
 
 
-NEXT_STEP: Final[dict[tuple[Finding, bool], Step]] = {
-    # (finding of this attempt, whether an earlier attempt may have arrived)
-    (Finding.NOT_SENT, False): Step.RAISE,
-    (Finding.NOT_SENT, True): Step.ASK,
-    (Finding.FOUND, False): Step.RETURN,
-    (Finding.FOUND, True): Step.RETURN,
-    (Finding.REJECTED, False): Step.RAISE,
-    (Finding.REJECTED, True): Step.ASK,  # 5007 may mean that the earlier attempt worked
-    (Finding.CONFLICT, False): Step.RAISE,
-    (Finding.CONFLICT, True): Step.RAISE,
-    (Finding.EXISTS, False): Step.ASK,
-    (Finding.EXISTS, True): Step.ASK,
-    (Finding.UNCERTAIN, False): Step.ASK,
-    (Finding.UNCERTAIN, True): Step.ASK,
+NEXT_STEP: Final[dict[Finding, tuple[Step, Step]]] = {
+    # finding of this attempt: (no earlier attempt may have arrived, one may have)
+    Finding.NOT_SENT: (Step.RAISE, Step.ASK),
+    Finding.FOUND: (Step.RETURN, Step.RETURN),
+    Finding.REJECTED: (Step.RAISE, Step.ASK),  # 5007 may mean that the earlier attempt worked
+    Finding.CONFLICT: (Step.RAISE, Step.RAISE),
+    Finding.EXISTS: (Step.ASK, Step.ASK),
+    Finding.UNCERTAIN: (Step.ASK, Step.ASK),
 }
 """The decision table. ``Retry`` has already repeated sends that did not arrive, within policy and deadline."""
 
@@ -132,7 +126,7 @@ class Case:
         """Return the step after an apply attempt with this ``finding``."""
         if finding is not Finding.NOT_SENT and not self.apply.lease_holds():  # another worker may have sent it
             self.sent_at, self.refused = self.clock(), None
-        return NEXT_STEP[finding, self.sent_at is not None]
+        return NEXT_STEP[finding][self.sent_at is not None]
 
     def take_in(self, reply: Reply) -> None:
         """Add the evidence of an apply attempt whose next step is a query."""

@@ -50,7 +50,7 @@ def _first_send_counts(case: Case, reply: resolution.Reply) -> None:
 
 
 def _no_lease_in_next_step(case: Case, finding: Finding) -> resolution.Step:
-    return resolution.NEXT_STEP[finding, case.sent_at is not None]
+    return resolution.NEXT_STEP[finding][case.sent_at is not None]
 
 
 def _late_date(session_clock: SessionClock, date: str, began: float) -> None:
