@@ -84,16 +84,17 @@ class Flights:
                 flight.check_content(order.request)
                 raise self._unknown(flight)
             self._forget(number, flight)
-        caller = Caller(leaves_at - anyio.current_time())
+        now = anyio.current_time()
         if flight is not None:
             flight.check_content(order.request)
-            flight.until.add(caller, anyio.current_time())
+            scope = flight.until.add(leaves_at - now, now)
         else:
-            # The caller is added before the task starts, because an eager task runs at once (Python 3.12).
-            until = _SharedDeadline(caller, anyio.current_time())
+            # Added before the task starts, because an eager task runs at once (Python 3.12).
+            until = _SharedDeadline(now)
+            scope = until.add(leaves_at - now, now)
             flight = self._flights[number] = Flight(order, until, self._carry_out, self._unknown)
         try:
-            return await flight.join(caller)
+            return await flight.join(scope)
         finally:
             self._forget(number, flight)  # every caller does it: the first one may leave before the flight ends
 
@@ -245,48 +246,38 @@ def _refused(entry: Entry) -> RefundRejected | None:
     return None if entry.refused is None else refusal(entry.no_refund, entry.refused)
 
 
-@attrs.define(eq=False)
-class Caller:
-    """A call that waits for a flight."""
-
-    seconds: float
-    """See ``Order.seconds``."""
-    scope: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)
-    leaves_at: float = attrs.field(default=math.inf, init=False)
-    """The deadline on the event loop's clock."""
-
-
 class _SharedDeadline(Deadline):
     """The latest deadline of a flight's callers. A caller with an earlier deadline leaves at its own."""
 
-    def __init__(self, first: Caller, now: float) -> None:
+    def __init__(self, now: float) -> None:
         super().__init__(now)
         self.paused_at = now  # until the flight gets its connection slot
-        self.callers = list[Caller]()
-        self.add(first, now)
+        self.leaves_at = dict[anyio.CancelScope, float]()
+        """By the scope in which a caller waits: its deadline."""
 
-    def add(self, caller: Caller, now: float) -> None:
-        """Add a caller of the flight. It must then call :meth:`Flight.join`."""
-        self.callers.append(caller)
-        caller.leaves_at = min(now, self.paused_at) + caller.seconds
-        self.at = max(self.at, caller.leaves_at)
+    def add(self, seconds: float, now: float) -> anyio.CancelScope:
+        """Add a caller with the deadline of ``seconds``. Return its scope, in which it must then wait."""
+        scope = anyio.CancelScope()
+        self.leaves_at[scope] = min(now, self.paused_at) + seconds
+        self.at = max(self.at, self.leaves_at[scope])
         self._set_scopes()
+        return scope
 
     def pause(self, now: float) -> None:
         super().pause(now)
         self._set_scopes()
 
     def resume(self, now: float) -> None:
-        for caller in self.callers:
-            caller.leaves_at += max(0.0, now - self.paused_at)
+        for scope in self.leaves_at:
+            self.leaves_at[scope] += max(0.0, now - self.paused_at)
         super().resume(now)
         self._set_scopes()
 
     def _set_scopes(self) -> None:
         """Set when callers leave: never during a pause; those with the latest deadline only when the flight ends."""
-        for caller in self.callers:
-            leaves = self.paused_at == math.inf and caller.leaves_at < self.at
-            caller.scope.deadline = caller.leaves_at if leaves else math.inf
+        for scope, leaves_at in self.leaves_at.items():
+            leaves = self.paused_at == math.inf and leaves_at < self.at
+            scope.deadline = leaves_at if leaves else math.inf
 
 
 @attrs.define(eq=False)
@@ -318,10 +309,10 @@ class Flight:
         """Raise ``RefundConflict`` if ``request`` differs from this flight's request in more than ``notify_url``."""
         check_request(request.no_refund, request.to_dict(), self.order.request.to_dict())
 
-    async def join(self, caller: Caller) -> Refund:
+    async def join(self, scope: anyio.CancelScope) -> Refund:
         """Wait until the flight ends, or until the caller's deadline. Each caller gets an exception of its own."""
         try:
-            with caller.scope:
+            with scope:
                 await self.task.join()
         except anyio.get_cancelled_exc_class():
             if self.case is not None:
@@ -329,8 +320,8 @@ class Flight:
                 logger.warning("refund %s: cancelled, but it may have been made; query before sending it again", number)
             raise
         finally:
-            self.until.callers.remove(caller)
-            if not self.until.callers:
+            del self.until.leaves_at[scope]
+            if not self.until.leaves_at:
                 self.is_abandoned = not self.task.has_ended
                 await self.task.aclose()
         # Without a case, an error other than a rejection is no outcome: it was raised before the record of an earlier
