@@ -6,7 +6,7 @@ from decimal import Decimal
 from enum import Enum
 from math import ceil
 from random import Random
-from typing import Any, Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import attrs
 
@@ -134,11 +134,6 @@ class FaultPlan:
         return fault and Injection(fault, when, self.delay, ret_code)
 
 
-_PAGES: Final[Mapping[Fault, tuple[Any, ...]]] = {
-    Fault.HTTP_500: (500, "Internal Server Error"),
-    Fault.BAD_GATEWAY: (502, "Bad Gateway"),
-    Fault.REDIRECT: (302, "Found", {"location": "https://elsewhere.invalid/"}),
-}
 _IDENTITY: Final = ("no_refund", "dt_refund", "money_refund", "oid_refundno")
 
 
@@ -152,29 +147,25 @@ def faulty_response(
 
     The gateway itself handles ``DELAY``, ``NO_ANSWER``, ``LATE`` and ``RESET``.
     """
-    success = _success(answer, request)
-    match injection.fault:
-        case fault if fault in _PAGES:
-            return page(*_PAGES[fault])
-        case Fault.TOO_MANY:
-            return page(429, "Too Many Requests", {"retry-after": str(ceil(injection.delay))})
-        case Fault.BUSY:
-            return message(sign(error_answer(injection.ret_code)))
-        case Fault.WRONG_SIGNATURE:
-            return message({**sign(success), "sign": sign({**success, "ret_msg": "另一条消息"})["sign"]})
-        case Fault.NO_SIGNATURE:
-            return message(success)
-        case Fault.ALTERED_FIELD:
-            money = wire.format_money(Decimal(success["money_refund"]) + 1)
-            return message({**sign(success), "money_refund": money})
-        case Fault.OTHER_REFUND:
-            return message(sign({**success, "no_refund": "OTHER", "oid_refundno": "8888888888888888"}))
-    correct = message(sign(answer))
-    if injection.fault is Fault.BROKEN_JSON:
-        return correct._replace(body=correct.body[: len(correct.body) // 2])
-    if injection.fault is Fault.OVERSIZED:
-        return correct._replace(body=correct.body + b" " * wire.MAX_MESSAGE_BYTES)
-    return HttpResponse(200, {**correct.headers, "content-encoding": "gzip"}, gzip.compress(correct.body))
+    success, correct = _success(answer, request), message(sign(answer))
+    other_message, other_refund = {"ret_msg": "另一条消息"}, {"no_refund": "OTHER", "oid_refundno": "8888888888888888"}
+    one_more = wire.format_money(Decimal(success["money_refund"]) + 1)
+    zipped = {**correct.headers, "content-encoding": "gzip"}
+    responses: dict[Fault, Callable[[], HttpResponse]] = {
+        Fault.HTTP_500: lambda: page(500, "Internal Server Error"),
+        Fault.BAD_GATEWAY: lambda: page(502, "Bad Gateway"),
+        Fault.REDIRECT: lambda: page(302, "Found", {"location": "https://elsewhere.invalid/"}),
+        Fault.TOO_MANY: lambda: page(429, "Too Many Requests", {"retry-after": str(ceil(injection.delay))}),
+        Fault.BUSY: lambda: message(sign(error_answer(injection.ret_code))),
+        Fault.WRONG_SIGNATURE: lambda: message({**sign(success | other_message), **success}),
+        Fault.NO_SIGNATURE: lambda: message(success),
+        Fault.ALTERED_FIELD: lambda: message({**sign(success), "money_refund": one_more}),
+        Fault.OTHER_REFUND: lambda: message(sign(success | other_refund)),
+        Fault.BROKEN_JSON: lambda: correct._replace(body=correct.body[: len(correct.body) // 2]),
+        Fault.OVERSIZED: lambda: correct._replace(body=correct.body + b" " * wire.MAX_MESSAGE_BYTES),
+        Fault.COMPRESSED: lambda: correct._replace(headers=zipped, body=gzip.compress(correct.body)),
+    }
+    return responses[injection.fault]()
 
 
 def _success(answer: Mapping[str, str], request: Mapping[str, str]) -> dict[str, str]:
