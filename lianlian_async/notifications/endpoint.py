@@ -127,13 +127,9 @@ class NotificationEndpoint:
                 raise errors.ConfigurationError("session: must belong to the endpoint's merchant")
             journal = session.journal if journal is None else journal
         if confirm and session is None:
-            raise errors.ConfigurationError(
-                "confirm=True requires session=…: the endpoint queries the gateway through it"
-            )
+            raise errors.ConfigurationError("confirm=True requires session=…, to query the gateway")
         if inbox and journal is None:
-            raise errors.ConfigurationError(
-                "inbox=True requires a journal, its own or the session's: the endpoint records notifications in it"
-            )
+            raise errors.ConfigurationError("inbox=True requires a journal, its own or the session's")
         if path is not None and not path.startswith("/"):
             raise errors.ConfigurationError(f"path: must begin with a slash, is {path!r}")
         self.merchant = merchant
@@ -285,17 +281,15 @@ class NotificationEndpoint:
         refund = await learn(self._journal, refund, self._clock(), "notification")
         if not refund.is_final:
             return Verdict.NOT_FINAL
-        return await (self._keep(refund, inbox) if self._is_inbox else self._act_once(refund, inbox))
-
-    async def _keep(self, refund: Refund, inbox: Inbox) -> Verdict:
         self._check_inbox()
-        standing = await inbox.keep(refund)
-        self._notify_session(refund)
-        return Verdict.KEPT if standing is Standing.NEW else Verdict.DUPLICATE
-
-    async def _act_once(self, refund: Refund, inbox: Inbox) -> Verdict:
-        standing, leased = await inbox.take(refund, wait=self._seconds)
-        self._notify_session(refund)
+        if self._is_inbox:
+            standing = await inbox.keep(refund)
+        else:
+            standing, leased = await inbox.take(refund, wait=self._seconds)
+        if self._session is not None:
+            self._session.notified(refund)
+        if self._is_inbox:
+            return Verdict.KEPT if standing is Standing.NEW else Verdict.DUPLICATE
         if standing is Standing.FINISHED:
             return Verdict.DUPLICATE
         if standing is Standing.LEASED:
@@ -313,8 +307,7 @@ class NotificationEndpoint:
         ``resume``. Raises ``ConfigurationError`` as :meth:`check_sweep`, and ``JournalError`` if the journal fails.
         """
         journal, session = self.check_sweep()
-        if self._is_inbox:
-            self._check_inbox()
+        self._check_inbox()
         _, inbox = await self._open()
         await journal.begin_acting()  # again: a failover of the database may have lost the first one
         resumed = await session.resume(concurrency=concurrency)
@@ -335,12 +328,9 @@ class NotificationEndpoint:
         return self._journal, self._session
 
     def _check_inbox(self) -> None:
-        if self._worker is None or self._worker.has_ended:  # without a worker, no notification may be acknowledged
+        # Without a worker, no notification may be acknowledged.
+        if self._is_inbox and (self._worker is None or self._worker.has_ended):
             raise RuntimeError(f"the inbox is not open: {_HOW_TO_OPEN}")
-
-    def _notify_session(self, refund: Refund) -> None:
-        if self._session is not None:
-            self._session.notified(refund)
 
     async def _act(self, refund: Refund) -> None:
         began, succeeded = self._listeners.timer(), False

@@ -238,10 +238,11 @@ def describe(error: BaseException, url: str, connect_seconds: float, library: An
     # Other exceptions in the chain show internals of httpcore, anyio and trio, such as "pop from an empty deque".
     kinds = (library.TransportError, OSError) if is_transport else BaseException
     cause = next((str(each) for each in causes if isinstance(each, kinds) and str(each)), "")
+    is_tls = url.startswith("https:") and any(isinstance(each, _TLS_ERRORS) for each in causes)
     host = url.partition("://")[2].partition("/")[0].rpartition("@")[2]  # a notify_url may contain a password
     if isinstance(error, library.ConnectTimeout):
         cause = f"no connection to {host} within {connect_seconds:g} s"
-    elif isinstance(error, library.ConnectError) and any(isinstance(each, _TLS_ERRORS) for each in causes):
+    elif is_tls and isinstance(error, library.ConnectError):
         cause = f"the TLS handshake with {host} failed: {cause or 'the connection was closed'}"
     elif is_transport and not cause:
         is_timeout = isinstance(error, library.TimeoutException)
