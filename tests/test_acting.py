@@ -166,4 +166,4 @@ async def test_a_process_that_dies_between_two_writes_loses_no_refund(tmp_path, 
             assert await endpoint.sweep()
         assert await state(journal) is State.DONE
     times = Counter(acting.read(shop) + handler.numbers)
-    assert times == {"R-1": 2 if line == "inbox Finish" else 1}
+    assert times == {"R-1": 2 if line == "inbox finish" else 1}

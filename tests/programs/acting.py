@@ -19,8 +19,8 @@ from tests.support import notices
 
 MODES = ["inline", "inbox"]
 
-AFTER_THE_HANDLER = ["inbox Finish", "refunds Acted"]
-LINES = ["refunds Finish", "inbox Begin", *AFTER_THE_HANDLER]
+AFTER_THE_HANDLER = ["inbox finish", "refunds acted"]
+LINES = ["refunds finish", "inbox Begin", *AFTER_THE_HANDLER]
 """All writes for a notified refund in this order: the journal (refunds or inbox) and the operation."""
 
 
@@ -35,7 +35,8 @@ class Dying(SqliteJournal):
         return Dying(f"{self._name}-inbox", self._line, "inbox")
 
     async def _write(self, batch):
-        if self._line in {f"{self._kind} {type(queued.operation).__name__}" for queued in batch}:
+        changes = [queued.operation.apply for queued in batch]
+        if self._line in {f"{self._kind} {getattr(change, 'func', type(change)).__name__}" for change in changes}:
             os.kill(os.getpid(), signal.SIGKILL)
         await super()._write(batch)
 
