@@ -8,6 +8,7 @@ connection of a cancelled or timed-out request. Three risks remain:
 - The network may delay bytes that have left the machine; a reset cannot recall them.
 - A caller's client or transport may not reset the connection of a cancelled request. If it is not built on httpcore,
   the lease is checked only before the call and when the body is read, and a layer that repeats requests is not stopped.
+  Neither is a layer that sends copies without the extensions of the request.
 """
 
 from .own_transport import AsyncBaseTransport, AsyncClient, HttpBackend, check_http, http_backend
