@@ -137,8 +137,8 @@ class OpenRefunds(MemoryJournal):
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
         if len(self._entries) >= MOST_OPEN and intent.no_refund not in self._entries:
             raise JournalError(
-                f"{MOST_OPEN:,} refunds of this session are unresolved, and it cannot remember more: "
-                "resolve them first, or use a journal"
+                f"{MOST_OPEN:,} refunds of this session are unresolved, or no call got their outcome, and it cannot "
+                "remember more: repeat the calls for them first, or use a journal"
             )
         return await super().begin(intent, now)
 
