@@ -201,7 +201,7 @@ async def read_journal(place: str, earlier: JournalReport | None = None) -> Jour
                         moments = {"sent_at": entry.sent_at.wall, "ask_again_at": _asks_at(entry.sent_at)}
                         oldest.append(fields | {name: local_time(moment) for name, moment in moments.items()})
     queue = await read_queue(place) if is_dsn(place) else {"queue": {}}
-    finished, now = sum(number for state, number in states.items() if state.is_finished), time.monotonic()
+    finished, now = sum(number for state, number in states.items() if state is not State.UNRESOLVED), time.monotonic()
     if jobs := queue["queue"]:
         rate = None if earlier is None else (finished - earlier.finished) / (now - earlier.read_at)
         left = jobs["waiting"] + jobs["at_work"]

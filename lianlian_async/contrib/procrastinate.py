@@ -132,7 +132,6 @@ _TIMEOUT: Final = 10.0
 
 
 async def _configure(connection: AsyncConnection[Any]) -> None:
-    """Set the isolation level, and limit the time that a transaction may be idle."""
     # At a stricter level, transactions of several workers at the same time can fail with serialization errors.
     await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
     # Let the database end the transaction of a worker that hangs, because its row locks block the other workers.

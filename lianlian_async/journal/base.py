@@ -38,11 +38,6 @@ class State(StrEnum):
     """The gateway reported another refund under this number: nothing is done automatically until a person decides."""
 
     @property
-    def is_finished(self) -> bool:
-        """Whether the outcome is known."""
-        return self is not State.UNRESOLVED
-
-    @property
     def is_made(self) -> bool:
         """Whether the refund was made, according to the gateway, a statement or a person."""
         return self in (State.ACCEPTED, State.FINAL, State.DONE)

@@ -11,9 +11,6 @@ still open. The steps of one call::
 
 Cancellation is safe. ``finish`` and ``release`` are recorded even if the caller is cancelled meanwhile; the lease of a
 ``begin`` whose caller is cancelled is released.
-
-A journal belongs to one merchant and one apply endpoint (:meth:`Journal.bind`), so that a refund made in the sandbox is
-never taken for a production refund.
 """
 
 from collections.abc import AsyncIterator, Mapping
@@ -52,9 +49,9 @@ class Journal(Protocol):
     """The owner, as this process last read it. None: the journal is not bound yet."""
 
     async def bind(self, oid_partner: str, apply_url: str) -> None:
-        """Record the owner: merchant and apply endpoint.
+        """Record the owner. Raises ``ConfigurationError`` if the journal has another owner.
 
-        Raises ``ConfigurationError`` if the journal has another owner.
+        So a refund that was made in the sandbox is never taken for a production refund.
         """
 
     async def record(self, operation: operations.Operation[E]) -> E:

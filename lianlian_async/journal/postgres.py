@@ -1,13 +1,12 @@
 """The shared journal: one PostgreSQL database for many workers on many machines (extra ``postgres``, asyncio only).
 
 A lease is stored in the refund's row, and expires even if its worker has died. A dead worker behind a half-open
-connection may lock rows for a long time, so a batch does not wait for locked rows: it skips them, and a separate task
-retries their operations. All workers insert new rows in the same order, which prevents deadlocks.
-``postgres_moments`` converts between the database's clock and the workers' clocks.
+connection may lock rows for a long time, so a batch skips locked rows, and a separate task retries their operations.
+All workers insert new rows in the same order, which prevents deadlocks.
 
-A write takes two round trips: the first reads the clock and locks the rows, the second writes them and commits.
-Each round trip sends all its statements in one message, with the parameters in the text (a simple query). This takes
-less CPU time than a pipeline, and needs no prepared statements, which a pooler such as pgbouncer may mix up.
+A write takes two round trips: the first reads the clock and locks the rows, the second writes them and commits. Each
+sends all its statements in one message, with the parameters in the text (a simple query). This takes less CPU time than
+a pipeline, and needs no prepared statements, which a pooler such as pgbouncer may mix up.
 """
 
 import asyncio
@@ -247,11 +246,9 @@ class PostgresJournal(GroupCommitJournal):
             await self._transact(batch)
         except _BusyError:  # the error does not name the refund: retry each half separately
             numbers = sorted({queued.operation.no_refund for queued in batch})
-            middle = numbers[len(numbers) // 2]
-            parts = [
-                [queued for queued in batch if (queued.operation.no_refund < middle) is is_first]
-                for is_first in (True, False)
-            ]
+            middle = len(numbers) // 2
+            halves = set(numbers[:middle]), set(numbers[middle:])
+            parts = [[queued for queued in batch if queued.operation.no_refund in half] for half in halves]
         for part in parts:
             if left := [queued for queued in part if queued.result is None]:
                 self._retry(left, until, min(max(2 * pause, _SHORTEST_PAUSE), _LONGEST_PAUSE))

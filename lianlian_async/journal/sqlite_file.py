@@ -180,9 +180,8 @@ class JournalFile:
         """Copy the commits that no reader blocks from the WAL to the file.
 
         If it copies all, the inode in the file then has the suffix ``IN_WAL``. The next commit, which only the WAL has,
-        removes the suffix: if the WAL is lost, the next process notices it. The first checkpoint, which may take long
-        or find the disk full, is made without the suffix: if it fails, and another program then writes the WAL into
-        the file, the file is still accepted.
+        removes the suffix: if the WAL is lost, the next process notices it. The first checkpoint is made without the
+        suffix: if it fails (disk full), and another program then writes the WAL into the file, the file is accepted.
         """
         self._value("PRAGMA wal_checkpoint(PASSIVE)")  # does not wait for readers
         self._connection.execute(sql.SET_INODE, [self._inode + sql.IN_WAL])

@@ -1,11 +1,10 @@
 """Schema and statements of a journal file, and the stored form of a moment.
 
-``refunds`` contains the columns that rarely grow. ``bodies`` contains a refund's signed body while the refund is
-unresolved, with its ``evidence``: the boot clock, its timeline and the gateway's clock at ``sent_at``, and
-``Entry.refused``. ``endings`` contains the outcomes. So the rows of ``refunds`` rarely grow, and SQLite's pages stay
-full. ``sent_at`` is in microseconds since 1970 (UTC). ``journal`` has one row: the
-journal's id, its owner, whether ``Journal.begin_acting`` was called, the file's inode (number and generation), by which
-a copy is recognized, and the moment (``restored_at``, ``evidence``) at which it was restored from a backup.
+``refunds`` contains the columns that rarely grow, so that SQLite's pages stay full. ``bodies`` contains a refund's
+signed body while the refund is unresolved, with its ``evidence``: the boot clock, its timeline and the gateway's clock
+at ``sent_at`` (microseconds since 1970, UTC), and ``Entry.refused``. ``endings`` contains the outcomes. ``journal`` has
+one row: its id, its owner, whether ``Journal.begin_acting`` was called, the file's inode (number and generation), by
+which a copy is recognized, and the moment (``restored_at``, ``evidence``) at which it was restored from a backup.
 
 A write and a read pass all rows as one JSON text: ``sqlite3`` releases and re-acquires the GIL for every row and every
 statement, and a busy event loop may keep the GIL each time.

@@ -309,7 +309,7 @@ class _Batch:
         async for line in self.checked.lines():
             if limit is not None:
                 entry = await journal.find(line.request.no_refund)
-                if entry is None or not entry.state.is_finished:
+                if entry is None or entry.ending is None:
                     async with limit:
                         pass
             self.in_flight[line.request.no_refund], self._last_begun = line, line.line
