@@ -132,14 +132,12 @@ class JournalFile:
         return f"{self._log_path} is missing or empty and, {_LOST}" if is_lost else ""
 
     def bind(self, owner: Owner) -> None:
-        """See :meth:`.interface.Journal.bind`."""
         with self._lock, self._errors():
             if owner.confirm(self.owner, str(self._path)) != self.owner:
                 self._connection.execute(sql.BIND, (owner.oid_partner, owner.apply_url))
                 self.owner = owner
 
     def begin_acting(self) -> None:
-        """See :meth:`.interface.Journal.begin_acting`."""
         with self._lock, self._errors():
             if not self._is_acting:
                 self._connection.execute(sql.BEGIN_ACTING)
@@ -238,12 +236,10 @@ class JournalFile:
             return list(self._read(sql.FIND, _json(numbers)).values())
 
     def canaries(self) -> list[Entry]:
-        """See :meth:`.interface.Journal.canaries`."""
         with self._lock, self._errors():
             return [entry for _, entry in sorted(self._read(sql.CANARIES).items(), reverse=True)]
 
     def counts(self) -> dict[State, int]:
-        """See :meth:`.interface.Journal.counts`."""
         with self._lock, self._errors():
             found = json.loads(self._value(sql.COUNT))
         # Most refunds are DONE, and not in the partial index: counting them by state would take seconds, so subtract.
