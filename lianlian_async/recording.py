@@ -56,12 +56,10 @@ def decision(is_made: bool, evidence: str, who: str, now: Moment) -> Ending:
 
 def recorded_refund(entry: Entry) -> Refund:
     """Return the refund of a resolved entry, or raise its ``RefundRejected`` or ``RefundConflict``."""
-    if entry.ending is None:
-        raise LookupError(f"refund {entry.no_refund} is not resolved")
-    record = entry.ending.record
-    if entry.ending.state is State.REJECTED:
+    record = cast("Ending", entry.ending).record
+    if entry.state is State.REJECTED:
         raise refusal(entry.no_refund, record)
-    if entry.ending.state is State.CONFLICT:
+    if entry.state is State.CONFLICT:
         check_identity(entry.fields, record)  # raises the recorded conflict, unless ``record`` is empty
         raise RefundConflict(entry.no_refund, field="content", ours="its request", theirs="unknown")
     return Refund.from_dict(record, entry.fields)

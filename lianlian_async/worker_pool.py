@@ -101,13 +101,8 @@ async def iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
         async for item in iterator:
             yield item
     finally:
-        try:
-            if isinstance(iterator, AsyncGenerator):
-                await iterator.aclose()
-        except BaseExceptionGroup as group:  # a task group in the generator wraps GeneratorExit in a group
-            _, others = group.split(GeneratorExit)
-            if others is not None:
-                raise others from None
+        if isinstance(iterator, AsyncGenerator):
+            await iterator.aclose()
 
 
 class Handover(Generic[T]):

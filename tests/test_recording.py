@@ -1184,17 +1184,6 @@ async def test_learn_raises_a_conflict_for_another_final_state(rejected, theirs,
 # ── the entry ────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_an_unresolved_entry_has_no_answer(new_journal):
-    """``answer`` raises for an entry without an outcome."""
-    gateway = sandbox()
-    gateway.script(Fault.NO_ANSWER, when=When.BEFORE)
-    async with shop(gateway, new_journal) as (session, journal):
-        await session.outcome_of(refund_request())
-        entry = await journal.find("R-1")
-    with pytest.raises(LookupError, match="R-1"):
-        recorded_refund(entry)
-
-
 class Overtaken(MemoryJournal):
     """A journal in which another session makes the refund between the first ``find`` and its result."""
 

@@ -11,7 +11,7 @@ import anyio.lowlevel
 import pytest
 
 from lianlian_async import LianLianError
-from lianlian_async.worker_pool import Handover, iterate, run_workers
+from lianlian_async.worker_pool import Handover, run_workers
 from tests.support.interruptions import Abort, stray_cancellation
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
@@ -115,29 +115,6 @@ async def test_items_are_taken_in_the_calling_task():
     await run(scoped(), lambda number: anyio.sleep(number % 3))
     assert numbers.tasks == {anyio.get_current_task().id}
     assert numbers.closed
-
-
-async def test_generator_whose_tasks_fail_while_it_is_closed():
-    """A task group wraps the exception that closes a generator: only the other exceptions are raised."""
-
-    async def fails():
-        try:
-            await anyio.sleep_forever()
-        finally:
-            raise LookupError("the file is gone")
-
-    async def scoped():
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(fails)
-            for number in range(10):
-                await anyio.lowlevel.checkpoint()
-                yield number
-
-    with pytest.raises(ExceptionGroup) as caught:
-        async with contextlib.aclosing(iterate(scoped())) as numbers:
-            await anext(numbers)
-    assert caught.group_contains(LookupError, match="gone")
-    assert not caught.group_contains(GeneratorExit)
 
 
 @pytest.mark.parametrize("rests", [True, False], ids=["waits for an item", "waits for a worker"])
