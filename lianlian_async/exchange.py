@@ -14,7 +14,7 @@ import attrs
 from .errors import LastExchange, LianLianError, printable
 from .logs import NOBODY, Listeners
 from .models import RefundRecord
-from .retry import Deadline, RetryPolicy
+from .retry import Deadline, RetryBudget, RetryPolicy, TokenBucket
 
 
 class Call(StrEnum):
@@ -58,6 +58,8 @@ class Exchange:
     deadline: Deadline
     """The deadline of the whole call."""
     policy: RetryPolicy
+    retries_left: TokenBucket = attrs.field(factory=lambda: TokenBucket(RetryBudget()), eq=False, repr=False)
+    """What is left of the session's retry budget."""
     lease_holds: Callable[[], bool] = attrs.field(default=lambda: True, eq=False, repr=False)
     """Returns whether this call still has the refund's lease. It is called right before bytes are sent, because the
     lease may have ended during a wait, a connect or a suspension of the machine."""

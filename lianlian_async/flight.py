@@ -137,7 +137,7 @@ class Flights:
                 case.take_over(earlier.moment, earlier.refused)
             if has_journal and (open_refund := await self._open_refunds.find(number)) is not None:
                 case.take_over(open_refund.sent_at, _refused(open_refund))  # an earlier call used no journal
-            return await keep(journal, entry, case, partial(resolve, case, gateway.send, gateway.retries_left))
+            return await keep(journal, entry, case, partial(resolve, case, gateway.send))
 
     def _open_case(self, flight: Flight, fields: Mapping[str, str], standing: Standing, entry: Entry) -> Case:
         """Return the case of a claimed refund, with what its ``entry`` says about earlier calls."""

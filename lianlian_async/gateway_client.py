@@ -10,7 +10,7 @@ from .clock import SessionClock
 from .exchange import Call, Delivery, Exchange, Finding, HttpResponse, NoResponse, Reply, SendCount, last_exchange
 from .logs import Listeners
 from .merchant import Merchant
-from .middleware import Attempt, Limit, Middleware, Retry, compose
+from .middleware import Limit, Middleware, attempt, compose, retry
 from .models import RefundQuery
 from .protocol import unanswered
 from .retry import LONGEST_ATTEMPT, Deadline, RetryBudget, RetryPolicy, TokenBucket
@@ -37,10 +37,10 @@ class GatewayClient:
         self.listeners = listeners
         listeners.backend = transport.backend
         self.protocol = rsa.protocol
-        self.retries_left = TokenBucket(budget)
+        self._retries_left = TokenBucket(budget)
         self.signatures = SignatureWatch()
         limit = () if limiter is None else (Limit(limiter),)
-        self.send = compose((Retry(self.retries_left), *limit, Attempt(), *middleware), self._exchange)
+        self.send = compose((retry, *limit, attempt, *middleware), self._exchange)
         """Sends an :class:`Exchange` through the whole middleware chain."""
         self.seal = rsa.seal
         """Signs fields; see :meth:`.RsaWorker.seal`."""
@@ -72,6 +72,7 @@ class GatewayClient:
             asked=fields,
             deadline=until,
             policy=policy,
+            retries_left=self._retries_left,
             send_count=SendCount(),
             listeners=self.listeners,
         )

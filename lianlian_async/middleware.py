@@ -1,6 +1,6 @@
 """Layers around one exchange; each is an ``async def middleware(exchange, call_next) -> Reply``.
 
-A session's layers, from the outside in: :class:`Retry` → :class:`Limit` (the user's ``limiter``) → :class:`Attempt`
+A session's layers, from the outside in: :func:`retry` → :class:`Limit` (the user's ``limiter``) → :func:`attempt`
 (time limit, and check of replies) → the user's own ``middleware``, the first one outermost → the HTTP exchange. The
 user's layers are called for every attempt, also for each query that resolves a refund::
 
@@ -32,7 +32,6 @@ from .events import AttemptBegan, AttemptEnded, Paused
 from .exchange import Call, Exchange, Finding, NoResponse, Reply, SendCount
 from .identity import check_identity
 from .protocol import unanswered
-from .retry import TokenBucket
 from .settings import is_number
 
 Next: TypeAlias = Callable[[Exchange], Awaitable[Reply]]
@@ -50,40 +49,34 @@ def compose(layers: Sequence[Middleware], core: Next) -> Next:
     return lambda exchange: layer(exchange, call_next)
 
 
-class Retry:
-    """Repeats requests that were certainly not sent, and queries without a usable answer, after a jittered backoff.
+async def retry(exchange: Exchange, call_next: Next) -> Reply:
+    """Repeat a request that was certainly not sent, or a query without a usable answer, after a jittered backoff.
 
-    It stops at the policy's ``attempts``, at the deadline, at the end of the lease, when the session's retry budget is
-    empty, and if a setting prevents every send.
+    Stop at the policy's ``attempts``, at the deadline, at the end of the lease, when the session's retry budget is
+    empty, and if a setting prevents every send. ``attempts`` of the returned reply counts all attempts.
     """
-
-    def __init__(self, retries_left: TokenBucket) -> None:
-        self._retries_left = retries_left
-
-    async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
-        """Repeat ``call_next`` while a repetition is safe; ``attempts`` of the returned reply counts all attempts."""
-        attempt = 1
-        while True:
-            reply = await call_next(exchange)
-            is_repeatable = (reply.finding is Finding.NOT_SENT and misconfigured(reply.error) is None) or (
-                exchange.call is Call.QUERY and reply.finding is Finding.UNCERTAIN
-            )
-            if (
-                not is_repeatable
-                or not exchange.lease_holds()
-                or attempt >= exchange.policy.attempts
-                or not await backoff(exchange, self._retries_left, attempt - 1, reply.retry_after)
-            ):
-                return reply if reply.attempts == attempt else attrs.evolve(reply, attempts=attempt)
-            attempt += 1
-            exchange = attrs.evolve(exchange, attempt=exchange.attempt + 1)
+    attempts = 1
+    while True:
+        reply = await call_next(exchange)
+        is_repeatable = (reply.finding is Finding.NOT_SENT and misconfigured(reply.error) is None) or (
+            exchange.call is Call.QUERY and reply.finding is Finding.UNCERTAIN
+        )
+        if (
+            not is_repeatable
+            or not exchange.lease_holds()
+            or attempts >= exchange.policy.attempts
+            or not await backoff(exchange, attempts - 1, reply.retry_after)
+        ):
+            return reply if reply.attempts == attempts else attrs.evolve(reply, attempts=attempts)
+        attempts += 1
+        exchange = attrs.evolve(exchange, attempt=exchange.attempt + 1)
 
 
-async def backoff(exchange: Exchange, retries_left: TokenBucket, retries: int, retry_after: float | None) -> bool:
+async def backoff(exchange: Exchange, retries: int, retry_after: float | None) -> bool:
     """Wait before the next attempt and return True; return False at once if too little time or no retry is left."""
     seconds = exchange.policy.pause(retries, random.random(), retry_after)  # noqa: S311 - jitter is not a secret
     now = anyio.current_time()
-    if not exchange.deadline.attempt(now + seconds) or not retries_left.take(now):
+    if not exchange.deadline.attempt(now + seconds) or not exchange.retries_left.take(now):
         return False
     number = exchange.asked.get("no_refund")
     with exchange.listeners.span(Paused, no_refund=number, cause="backoff", seconds=seconds):
@@ -119,28 +112,25 @@ class Limit:
         return reply
 
 
-class Attempt:
-    """Limits the time of one attempt, and checks the reply of the user's layers.
+async def attempt(exchange: Exchange, call_next: Next) -> Reply:
+    """Call ``call_next`` with a share of the remaining time, and check the reply of the user's layers.
 
     These layers may raise anything, return anything and send several times. If a request may have made the refund, the
-    reply is never *not sent* or *rejected*.
+    reply is never *not sent* or *rejected*. Raises no ``Exception``.
     """
-
-    async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
-        """Call ``call_next`` with a share of the remaining time. Raises no ``Exception``."""
-        seconds = exchange.deadline.attempt(anyio.current_time())
-        exchange = attrs.evolve(exchange, seconds=seconds, send_count=SendCount())
-        if not seconds:
-            return _without_reply(exchange, "the deadline is over")
-        try:
-            with anyio.move_on_after(seconds):
-                reply = await (_observed(exchange, call_next) if exchange.listeners.want() else call_next(exchange))
-                problem = _problem(exchange, reply)
-                return reply if problem is None else _without_reply(exchange, problem)
-        except Exception as error:  # noqa: BLE001 - a user's layer may raise anything, also a group
-            return _without_reply(exchange, f"a middleware raised {type(error).__name__}: {error}", error)
-        what = "no answer" if exchange.send_count.open_sends > 0 else "nothing could be sent"
-        return _without_reply(exchange, f"{what} within {seconds:.1f} s")
+    seconds = exchange.deadline.attempt(anyio.current_time())
+    exchange = attrs.evolve(exchange, seconds=seconds, send_count=SendCount())
+    if not seconds:
+        return _without_reply(exchange, "the deadline is over")
+    try:
+        with anyio.move_on_after(seconds):
+            reply = await (_observed(exchange, call_next) if exchange.listeners.want() else call_next(exchange))
+            problem = _problem(exchange, reply)
+            return reply if problem is None else _without_reply(exchange, problem)
+    except Exception as error:  # noqa: BLE001 - a user's layer may raise anything, also a group
+        return _without_reply(exchange, f"a middleware raised {type(error).__name__}: {error}", error)
+    what = "no answer" if exchange.send_count.open_sends > 0 else "nothing could be sent"
+    return _without_reply(exchange, f"{what} within {seconds:.1f} s")
 
 
 async def _observed(exchange: Exchange, call_next: Next) -> Reply:

@@ -22,7 +22,7 @@ from .journal.base import added
 from .middleware import Next, backoff
 from .models import Refund, RefundRecord, RefundRequest
 from .outcome import Traffic, unknown_reason
-from .retry import LONGEST_RETRY_AFTER, TokenBucket
+from .retry import LONGEST_RETRY_AFTER
 
 _SHOWN_SOON: Final = timedelta(seconds=60)
 """For this time after the last send, "no such record" is queried again in the same call."""
@@ -48,7 +48,7 @@ NEXT_STEP: Final[dict[Finding, tuple[Step, Step]]] = {
     Finding.EXISTS: (Step.ASK, Step.ASK),
     Finding.UNCERTAIN: (Step.ASK, Step.ASK),
 }
-"""The decision table. ``Retry`` has already repeated sends that did not arrive, within policy and deadline."""
+"""The decision table. ``retry`` has already repeated sends that did not arrive, within policy and deadline."""
 
 
 @attrs.define(kw_only=True)
@@ -162,15 +162,15 @@ class Case:
         return error
 
 
-async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
-    """Return the refund, or raise its outcome; ``send`` is the middleware chain, ``retries_left`` the retry budget."""
+async def resolve(case: Case, send: Next) -> Refund:
+    """Return the refund, or raise its outcome; ``send`` is the middleware chain."""
     try:
         # A new refund is sent first; a refund that may have been sent is queried first.
         is_new = case.sent_at is None and not case.ask_first
         refund = await _apply(case, send) if is_new else None
         sends_left = case.apply.policy.attempts - is_new
         while refund is None:
-            refund = await _ask(case, send, retries_left)
+            refund = await _ask(case, send)
             if refund is None:
                 _raise_proved(case)
                 if not sends_left:
@@ -203,7 +203,7 @@ def _raise_proved(case: Case) -> None:
 
 
 async def _apply(case: Case, send: Next) -> Refund | None:
-    """Send once (``Retry`` repeats only sends that did not arrive). Return the record; None: query next."""
+    """Send once (``retry`` repeats only sends that did not arrive). Return the record; None: query next."""
     try:
         reply = await send(attrs.evolve(case.apply, attempt=case.traffic.attempts + 1))
     except BaseException:  # the request may have been sent
@@ -222,10 +222,10 @@ async def _apply(case: Case, send: Next) -> Refund | None:
     return None
 
 
-async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | None:
+async def _ask(case: Case, send: Next) -> Refund | None:
     """Query until there is a proof. Return the record; None: the refund was certainly not made."""
     query = await case.make_query()
-    if case.retry_after and not await backoff(query, retries_left, 0, case.retry_after):
+    if case.retry_after and not await backoff(query, 0, case.retry_after):
         raise case.unknown()
     # The wall clock is enough, because no send depends on it.
     is_recent = case.sent_at is None or case.clock().wall - case.sent_at.wall < _SHOWN_SOON
@@ -258,7 +258,7 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
         grace_left = case.grace_left(case.sent_at or asked_at, case.clock())
         # If this call cannot send again, more queries would probably find nothing either.
         is_hopeless = not is_recent and grace_left > query.deadline.left(anyio.current_time())
-        if is_hopeless or not await backoff(query, retries_left, queries, reply.retry_after):
+        if is_hopeless or not await backoff(query, queries, reply.retry_after):
             break
         queries += 1
     raise case.unknown()

@@ -25,7 +25,7 @@ from lianlian_async import (
     RetryPolicy,
 )
 from lianlian_async.exchange import Call, Exchange, Finding, Reply
-from lianlian_async.middleware import Attempt, Limit, RateLimit, Retry, compose
+from lianlian_async.middleware import Limit, RateLimit, attempt, compose, retry
 from lianlian_async.models import Refund
 from lianlian_async.retry import Deadline, TokenBucket
 from lianlian_async.sandbox import Fault, Repeated, When
@@ -76,8 +76,8 @@ class Gateway:
         return [later - earlier - self.takes for earlier, later in zip(self.began, self.began[1:], strict=False)]
 
 
-def retrying(gateway, budget=None):
-    return compose([Retry(TokenBucket(budget or RetryBudget()))], gateway)
+def retrying(gateway):
+    return compose([retry], gateway)
 
 
 # ── repetition ───────────────────────────────────────────────────────────────────────────────────
@@ -155,20 +155,21 @@ async def test_a_pause_that_outlasts_the_deadline_is_not_begun():
 
 async def test_empty_budget_allows_no_repetition():
     """The calls of one session share one budget: when it is empty, each ends after its first attempt."""
-    layer = Retry(TokenBucket(RetryBudget(capacity=5, per_second=0)))
+    left = TokenBucket(RetryBudget(capacity=5, per_second=0))
     attempts = []
     for _ in range(4):
-        reply = await compose([layer], Gateway(NOT_SENT))(exchange(attempts=4))
+        reply = await retrying(Gateway(NOT_SENT))(attrs.evolve(exchange(attempts=4), retries_left=left))
         attempts.append(reply.attempts)
     assert attempts == [4, 3, 1, 1]
 
 
 async def test_budget_refills():
     """The retry budget refills over time."""
-    layer = Retry(TokenBucket(RetryBudget(capacity=2, per_second=0.1)))
+    left = TokenBucket(RetryBudget(capacity=2, per_second=0.1))
     for rest, attempts in ((0, 3), (0, 1), (10, 2), (100, 3)):
         await anyio.sleep(rest)
-        reply = await compose([layer], Gateway(NOT_SENT))(exchange(attempts=4, initial=1e-6, maximum=1e-6))
+        sent = attrs.evolve(exchange(attempts=4, initial=1e-6, maximum=1e-6), retries_left=left)
+        reply = await retrying(Gateway(NOT_SENT))(sent)
         assert reply.attempts == attempts
 
 
@@ -179,7 +180,7 @@ async def test_budget_refills():
 async def test_attempt_takes_at_most_half_of_the_time_left(left, share):
     """An attempt ends after half of the time left, and after 10 s at most, so that time for a query remains."""
     gateway = Gateway(FOUND, takes=1e9)
-    reply = await compose([Attempt()], gateway)(exchange(seconds=left))
+    reply = await compose([attempt], gateway)(exchange(seconds=left))
     assert reply.finding is Finding.NOT_SENT  # this gateway never got as far as the wire
     assert anyio.current_time() == pytest.approx(share)
     assert gateway.seen[0].seconds == pytest.approx(share)
@@ -189,7 +190,7 @@ async def test_attempt_takes_at_most_half_of_the_time_left(left, share):
 async def test_no_attempt_begins_after_the_deadline(left):
     """With too little time left, nothing is sent."""
     gateway = Gateway(FOUND)
-    reply = await compose([Attempt()], gateway)(exchange(seconds=left))
+    reply = await compose([attempt], gateway)(exchange(seconds=left))
     assert reply.finding is Finding.NOT_SENT
     assert "deadline" in reply.error.last_error
     assert not gateway.began
@@ -198,7 +199,7 @@ async def test_no_attempt_begins_after_the_deadline(left):
 async def test_repeating_never_overruns_the_deadline():
     """With a gateway of any speed, the last attempt starts and ends before the deadline."""
     gateway = Gateway(UNCERTAIN, takes=3.0)
-    layers = [Retry(TokenBucket(RetryBudget())), Attempt()]
+    layers = [retry, attempt]
     await compose(layers, gateway)(exchange(Call.QUERY, attempts=1000))
     assert anyio.current_time() <= 30.0
     assert max(gateway.began) < 30.0
@@ -210,7 +211,7 @@ async def test_wait_for_the_limiter_does_not_count():
     limiter = RateLimit(1 / 100)
     gateway = Gateway(FOUND)
     for number in range(3):
-        reply = await compose([Limit(limiter), Attempt()], gateway)(exchange(seconds=5))
+        reply = await compose([Limit(limiter), attempt], gateway)(exchange(seconds=5))
         assert reply.finding is Finding.FOUND
         assert anyio.current_time() == 100.0 * number
         assert gateway.seen[-1].deadline.left(anyio.current_time()) == pytest.approx(5)
@@ -226,7 +227,7 @@ async def test_limiter_is_held_only_during_attempts():
         await anyio.sleep(1)
         return UNCERTAIN
 
-    layers = [Retry(TokenBucket(RetryBudget())), Limit(limiter), Attempt()]
+    layers = [retry, Limit(limiter), attempt]
     async with anyio.create_task_group() as tasks:
         for _ in range(2):
             tasks.start_soon(compose(layers, gateway), exchange(Call.QUERY, attempts=3, initial=5, maximum=5))
@@ -254,7 +255,7 @@ async def test_limiter_that_raises_at_its_entry():
     """The call is not sent, the limiter's error is its cause, and from then on the time counts again."""
     cause = OSError("redis is down")
     gateway, sent = Gateway(FOUND), exchange()
-    reply = await compose([Limit(BrokenLimiter(entering=cause)), Attempt()], gateway)(sent)
+    reply = await compose([Limit(BrokenLimiter(entering=cause)), attempt], gateway)(sent)
     left = sent.deadline.left(anyio.current_time())
     assert sent.deadline.left(anyio.current_time() + 1) == left - 1
     assert reply.finding is Finding.NOT_SENT
@@ -266,7 +267,7 @@ async def test_limiter_that_raises_at_its_entry():
 @pytest.mark.parametrize("reply", [FOUND, UNCERTAIN, REJECTED], ids=lambda reply: reply.finding.name)
 async def test_limiter_that_raises_at_its_exit(reply):
     """The reply of the attempt is returned."""
-    layers = [Limit(BrokenLimiter(leaving=OSError("redis is down"))), Attempt()]
+    layers = [Limit(BrokenLimiter(leaving=OSError("redis is down"))), attempt]
     assert await compose(layers, Gateway(reply))(exchange()) is reply
 
 

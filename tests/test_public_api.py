@@ -15,7 +15,7 @@ import pytest
 
 import lianlian_async
 from lianlian_async import errors
-from lianlian_async.middleware import Attempt, Limit, RateLimit, Retry
+from lianlian_async.middleware import Limit, RateLimit, attempt, retry
 from lianlian_async.signing import signature_source
 
 PACKAGE = Path(lianlian_async.__file__).parent
@@ -203,11 +203,11 @@ def test_options_of_the_notification_endpoint():
     assert list(keywords(lianlian_async.NotificationEndpoint.handle))[:2] == ["body", "headers"]
 
 
-@pytest.mark.parametrize("layer", [Retry, Limit, Attempt])
+@pytest.mark.parametrize("layer", [retry, Limit.__call__, attempt])
 def test_built_in_layers_are_middleware(layer):
     """Each built-in layer is called as a user's middleware, with an exchange and ``call_next``."""
-    assert inspect.iscoroutinefunction(layer.__call__)
-    assert list(keywords(layer.__call__)) == ["exchange", "call_next"]
+    assert inspect.iscoroutinefunction(layer)
+    assert list(keywords(layer)) == ["exchange", "call_next"]
     assert hasattr(RateLimit, "__aenter__")
 
 

@@ -25,12 +25,12 @@ def program(job: frame.Job) -> Any:
 
 
 def _own(job: frame.Job) -> dict[str, float]:
-    from lianlian_async import LianLianError, RefundRequest, RetryBudget, RetryPolicy, wire
+    from lianlian_async import LianLianError, RefundRequest, RetryPolicy, wire
     from lianlian_async.clock import system_clock
     from lianlian_async.exchange import Call, Exchange, HttpResponse, Reply, SendCount
     from lianlian_async.protocol import Protocol
     from lianlian_async.resolution import Case, resolve
-    from lianlian_async.retry import Deadline, TokenBucket
+    from lianlian_async.retry import Deadline
 
     from . import stamps
 
@@ -38,7 +38,7 @@ def _own(job: frame.Job) -> dict[str, float]:
     keys = merchant.load_keys()
     protocol = Protocol(merchant, keys)
     headers = {"content-type": "application/json;charset=utf-8"}
-    policy, retries_left = RetryPolicy(), TokenBucket(RetryBudget())
+    policy = RetryPolicy()
     paid = datetime(2024, 1, 1, 19, 4, 5, tzinfo=UTC)
     until = Deadline(30.0)
 
@@ -63,7 +63,7 @@ def _own(job: frame.Job) -> dict[str, float]:
             before_resend=before_resend,
             canary=canary,
         )
-        await resolve(case, send, retries_left)
+        await resolve(case, send)
 
     # Small batches, so that the clock costs little and the garbage collector works as it would in a service.
     spent = dict.fromkeys(("validate_ms", "seal_ms", "read_ms", "resolve_ms"), 0.0)
