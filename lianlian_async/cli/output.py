@@ -34,16 +34,20 @@ _NEGATIVE: Final = re.compile(r"-[0-9]+([.,][0-9]+)*")
 
 
 class _Console(Console):
+    def __init__(self, *, stderr: bool = False) -> None:
+        # Text from the wire must not be interpreted as markup. NO_COLOR alone would not stop Rich from moving the
+        # cursor and printing bold text.
+        is_terminal = False if os.environ.get("NO_COLOR") else None  # None: Rich asks the stream
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False, force_terminal=is_terminal)
+
     def on_broken_pipe(self) -> NoReturn:
         """Raise ``BrokenPipeError``: Rich would exit with code 1, which hides the outcome."""
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
-
-def _console(*, stderr: bool = False) -> Console:
-    # Text from the wire must not be interpreted as markup. NO_COLOR alone would not stop Rich from moving the cursor
-    # and printing bold text.
-    is_terminal = False if os.environ.get("NO_COLOR") else None  # None: Rich asks the stream
-    return _Console(stderr=stderr, markup=False, emoji=False, highlight=False, force_terminal=is_terminal)
+    @property
+    def can_redraw(self) -> bool:
+        """Whether this is a terminal that can move its cursor."""
+        return self.is_terminal and not self.is_dumb_terminal
 
 
 class _Pace(ProgressColumn):
@@ -72,8 +76,8 @@ class Output:
     """The output streams of a command."""
 
     as_json: bool = False
-    _live: Console | None = attrs.field(default=None, init=False)
-    """The console that shows a progress bar now."""
+    _stdout: _Console = attrs.field(factory=_Console, init=False)
+    _stderr: _Console = attrs.field(factory=lambda: _Console(stderr=True), init=False)
 
     def show(self, document: Mapping[str, Any], *parts: RenderableType, more: Iterable[str] = ()) -> None:
         """Print the result: ``document`` as one line of JSON if ``--json`` is given, else tables and lines of text.
@@ -91,25 +95,22 @@ class Output:
             if isinstance(part, str):
                 click.echo(printable(part))  # much faster than Rich, for a million lines
             else:
-                console = _console()
-                console.print(part, soft_wrap=isinstance(part, Text) and not console.is_terminal)
+                self._stdout.print(part, soft_wrap=isinstance(part, Text) and not self._stdout.is_terminal)
 
     @contextmanager
     def screen(self) -> Iterator[Callable[..., object]]:
         """Yield ``draw(document, *parts)``: redraw a terminal with ``parts``, else print like :meth:`show`."""
-        console = _console()
         with _surviving(sys.stdout):  # a closed pipe ends the block
-            if self.as_json or not _can_redraw(console):
+            if self.as_json or not self._stdout.can_redraw:
                 yield self._print
             else:
-                with Live(console=console, auto_refresh=False) as live:
+                with Live(console=self._stdout, auto_refresh=False) as live:
                     yield lambda _document, *parts: live.update(Group(*parts), refresh=True)
 
     def note(self, text: str) -> None:
         """Print a note on stderr."""
         with _surviving(sys.stderr):
-            console = self._live or _console(stderr=True)
-            console.print(printable(text), soft_wrap=not console.is_terminal)
+            self._stderr.print(printable(text), soft_wrap=not self._stderr.is_terminal)
 
     def interrupted(self, *parts: RenderableType, **facts: Any) -> int:
         """Print that the command was interrupted, with ``parts`` or, in JSON, ``facts``; return the exit code."""
@@ -121,7 +122,7 @@ class Output:
         """Show ``facts``, ask ``question`` on stderr; raises ``click.Abort`` at no, ``KeyboardInterrupt`` at Ctrl-C."""
         if file == "-" or sys.stdin is None or not sys.stdin.isatty():
             raise click.UsageError("no terminal to ask for confirmation: use --yes or --dry-run; nothing was sent")
-        _console(stderr=True).print(*tables({"": {"file": file, **facts}}))
+        self._stderr.print(*tables({"": {"file": file, **facts}}))
         try:
             is_confirmed = click.confirm(question, err=True)
         except click.Abort:  # click's error for Ctrl-C and Ctrl-D
@@ -152,36 +153,29 @@ class Output:
 
         Notes appear above the bar. A call with a new total adds no step; if there is no bar, it prints a line.
         """
-        console = _console(stderr=True)
         # The bar is green: yellow and red mark unknown refunds and errors.
-        progress = Progress(BarColumn(20, complete_style="green", pulse_style="green"), _Pace(), console=console)
+        bar = BarColumn(20, complete_style="green", pulse_style="green")
+        progress = Progress(bar, _Pace(), console=self._stderr)
         progress.add_task("", total=total)
         [task] = progress.tasks
-        live = Live(get_renderable=lambda: Group(progress, status()), console=console, transient=True)
-        is_drawn = _can_redraw(console)
+        live = Live(get_renderable=lambda: Group(progress, status()), console=self._stderr, transient=True)
 
         def step(total: int | None = None) -> None:
             progress.update(task.id, advance=total is None)
             if total is not None:
                 task.total, task.finished_time = total, None  # update(total=) would forget the speed
-                if not is_drawn:
+                if not live.is_started:
                     self.note(f"{_Pace().render(task)}  {status()}")
 
-        if is_drawn:
+        if self._stderr.can_redraw:
             with _surviving(sys.stderr):
-                console.show_cursor(False)  # as `start` does, which would leave Rich in a broken state if it failed
+                self._stderr.show_cursor(False)  # if `start` failed to do this, Rich would be in a broken state
             live.start(refresh=True)
-            self._live = console
         try:
             yield step
         finally:
-            self._live = None
             with _surviving(sys.stderr):  # the terminal may have disappeared
                 live.stop()
-
-
-def _can_redraw(console: Console) -> bool:
-    return console.is_terminal and not console.is_dumb_terminal
 
 
 def printable(text: str) -> str:
