@@ -107,9 +107,9 @@ config_option = click.option(
 deadline_option = click.option(
     "--deadline",
     metavar="SECONDS",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(0, min_open=True),
     default=30.0,
-    help="Time limit for each refund.",
+    help="Time limit of a refund.",
 )
 session_options: Final = add_options(
     click.option(
