@@ -47,10 +47,6 @@ After SIGINT or SIGTERM, a worker finishes the refunds in flight and ends. A bat
 class _Program(click.Group):
     """Converts errors of the library to exit codes."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Keep the order of the declarations: click would sort the names."""
-        return list(self.commands)
-
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse ``args``. Search for ``--json`` first: a usage error can be raised before click parses it."""
         ctx.meta[AS_JSON] = "--json" in args
