@@ -210,11 +210,13 @@ class _Batch:
         except KeyboardInterrupt:
             outcome = INTERRUPTED
         failure, in_flight = self.failure, len(self.in_flight)
-        if in_flight and (outcome or failure):
-            what = f"up to {in_flight:,} refunds without an outcome may have been made"
-            output.note(f"{what}: run the same command again to resolve them")
-        elif outcome:
-            output.note("interrupted: every refund that was sent has an outcome; run the same command again to go on")
+        if outcome or (failure and in_flight):
+            what, aim = (
+                (f"up to {in_flight:,} refunds without an outcome may have been made:", "resolve them")
+                if in_flight
+                else ("interrupted: every refund that was sent has an outcome;", "go on")
+            )
+            output.note(f"{what} run the same command again to {aim}")
         outcome = outcome or (exit_outcome_of(failure) if failure else totals.exit_outcome())
         if outcome is MADE and self.checked.problems.count:
             outcome = INVALID
