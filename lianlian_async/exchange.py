@@ -24,6 +24,7 @@ class Call(StrEnum):
     QUERY = "query"
 
 
+@attrs.define(eq=False)
 class SendCount:
     """Counts the sends of one attempt that may have made the refund, and keeps a summary of the last exchange.
 
@@ -31,10 +32,9 @@ class SendCount:
     another send of its attempt may have arrived.
     """
 
-    def __init__(self) -> None:
-        self.open_sends = 0
-        """The number of sends that may have arrived and were not rejected."""
-        self.last_exchange: LastExchange | None = None
+    open_sends: int = 0
+    """The number of sends that may have arrived and were not rejected."""
+    last_exchange: LastExchange | None = None
 
     def take_back(self) -> None:
         """Take back one send: it did not arrive, or was rejected."""

@@ -75,7 +75,7 @@ class Flights:
         """Return the refund of its flight, which is started if there is none."""
         number, leaves_at = order.request.no_refund, anyio.current_time() + order.seconds
         while (flight := self._flights.get(number)) is not None and (
-            flight.is_abandoned
+            not flight.until.leaves_at  # the last caller has left, and so cancelled it
             or flight.order.journal is not order.journal  # it records nothing in this call's journal
         ):
             with anyio.CancelScope(deadline=leaves_at) as wait:
@@ -296,8 +296,6 @@ class Flight:
     _refund: Refund | None = attrs.field(default=None, init=False)
     _error: BaseException | None = attrs.field(default=None, init=False)
     _is_raised: bool = attrs.field(default=False, init=False)
-    is_abandoned: bool = attrs.field(default=False, init=False)
-    """Whether the last caller left, and so cancelled the flight, before the flight ended."""
     is_told: bool = attrs.field(default=False, init=False)
     """Whether a caller got the outcome. A cancellation may arrive between the end of the flight and its caller."""
     task: BackgroundTask = attrs.field(init=False)
@@ -322,7 +320,6 @@ class Flight:
         finally:
             del self.until.leaves_at[scope]
             if not self.until.leaves_at:
-                self.is_abandoned = not self.task.has_ended
                 await self.task.aclose()
         # Without a case, an error other than a rejection is no outcome: it was raised before the record of an earlier
         # flight was read, or because that record has other content.
