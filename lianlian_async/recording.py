@@ -73,8 +73,7 @@ async def take(
     while True:
         began = listeners.timer()
         standing, entry = await journal.begin(intent, clock())
-        if listeners.want():
-            listeners.tell(Leased, no_refund=number, standing=standing, seconds=listeners.timer() - began)
+        listeners.tell(Leased, no_refund=number, standing=standing, seconds=listeners.timer() - began)
         if standing is not Standing.LEASED or anyio.current_time() + seconds > deadline:
             return standing, entry
         with listeners.span(Paused, no_refund=number, cause="lease", seconds=seconds):

@@ -256,8 +256,6 @@ class RefundSession:
         traffic.queries = reply.attempts
         if reply.refund is not None:
             return reply.refund
-        if isinstance(reply.error, errors.GatewayUnavailable):
-            reply.error.attempts = reply.attempts
         raise errors.misconfigured(reply.error) or cast("errors.LianLianError", reply.error)  # set if refund is None
 
     async def wait_refund(
