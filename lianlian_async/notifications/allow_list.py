@@ -27,9 +27,8 @@ def judge(
     """Return whether the client is allowed, and its address for the log.
 
     ``peer`` is the address of the connection; None or empty on a Unix socket, whose peers are trusted proxies if
-    ``trusts_unix`` is true. ``forwarded_for`` is the header
-    X-Forwarded-For: each proxy appends the address of its client. The client's address is the last one that does not
-    belong to a trusted proxy; the addresses before it may be forged.
+    ``trusts_unix`` is true. ``forwarded_for`` is the header X-Forwarded-For: each proxy appends the address of its
+    client. The client's address is the last one that does not belong to a trusted proxy; earlier ones may be forged.
     """
     judged = 'a peer without an IP address (for a proxy on a Unix socket, add "unix" to trusted_proxies)'
     hops = [] if trusts_unix and not peer else [peer or ""]

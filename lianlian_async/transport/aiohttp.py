@@ -21,10 +21,6 @@ from .pool import KEEPALIVE_SECONDS
 from .tracked_request import Body, SendRefusedError
 
 
-class _SpoiltConnectionError(aiohttp.ClientConnectionError):
-    """An idle connection received unexpected bytes; the request was not written to it."""
-
-
 class LeasedPayload(aiohttp.Payload):
     """A :class:`Body` that aiohttp writes together with the head. Each read checks the lease and counts as a send."""
 
@@ -56,7 +52,7 @@ class _Request(aiohttp.ClientRequest):
 
     async def send(self, conn: Connection) -> aiohttp.ClientResponse:
         if conn.protocol is None or conn.protocol.should_close:
-            raise _SpoiltConnectionError("an idle connection received unexpected bytes")
+            raise SendRefusedError("an idle connection received unexpected bytes")
         sock = cast("asyncio.Transport", conn.transport).get_extra_info("socket")
         reset_when_closed(sock)
         # Called at the release of conn; _Response.close then sets SO_LINGER again.
@@ -158,7 +154,7 @@ class _ResponseStream(httpx.AsyncByteStream):
 
 _AS_HTTPX: Final = (
     (aiohttp.ConnectionTimeoutError, httpx.ConnectTimeout),
-    ((aiohttp.ClientConnectorError, _SpoiltConnectionError), httpx.ConnectError),
+    (aiohttp.ClientConnectorError, httpx.ConnectError),
     ((aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError), httpx.UnsupportedProtocol),
     (aiohttp.ServerTimeoutError, httpx.ReadTimeout),
     (aiohttp.ClientOSError, httpx.ReadError),

@@ -15,7 +15,7 @@ from .connection import trace_loopback
 
 
 class SendRefusedError(Exception):
-    """The lease has ended, or an earlier write of this request may have arrived."""
+    """The lease has ended, an earlier write of this request may have arrived, or its connection is unusable."""
 
 
 class Body(ByteStream):
