@@ -123,7 +123,7 @@ class Merchant:
             raise ConfigurationError(f"{self._name('gateway_public_keys')}: at least one key of LianLian is needed")
         try:
             if self.notify_url is not None:
-                object.__setattr__(self, "notify_url", text_rules.notify_url(self.notify_url))
+                object.__setattr__(self, "notify_url", text_rules.url(self.notify_url, 128))
         except ValueError as error:
             raise ConfigurationError(f"{self._name('notify_url')}: {error} (is {_shown(self.notify_url)})") from None
 

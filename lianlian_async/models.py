@@ -172,7 +172,7 @@ _CHECKED: Final[Rules] = {
     "oid_paybill": partial(text_rules.existing, longest=32),
     "oid_refundno": partial(text_rules.existing, longest=16),
     "trader_refund": partial(text_rules.existing, longest=18),
-    "notify_url": text_rules.notify_url,
+    "notify_url": partial(text_rules.url, longest=128),
 }
 _RECORDED: Final[Rules] = {name: partial(check_storable, name=name) for name in _CHECKED} | {**_PARSED}
 

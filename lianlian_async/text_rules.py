@@ -55,14 +55,9 @@ def _named(character: str) -> str:
     return f"U+{ord(character):04X} {unicodedata.name(character, '')}".rstrip()
 
 
-def notify_url(value: object) -> str:
-    """Check an absolute http or https URL of at most 128 characters."""
-    return url(existing(value, 128))
-
-
-def url(value: object) -> str:
-    """Check an absolute http or https URL of at most 2000 characters."""
-    text = existing(value, 2000)
+def url(value: object, longest: int = 2000) -> str:
+    """Check an absolute http or https URL."""
+    text = existing(value, longest)
     if not text.isascii() or " " in text:
         raise ValueError("must be ASCII without spaces (percent-encode other characters)")
     try:

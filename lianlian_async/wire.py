@@ -89,12 +89,10 @@ def parse_money(value: Decimal | int | str) -> Decimal:
             amount = Decimal(value)
         case str():
             raise ValueError("must be digits with at most 2 decimals, such as 200.01")
-        case bool() | float():
-            raise ValueError("must be a Decimal, an int or a str: a float cannot represent every amount exactly")
-        case Decimal() | int():
+        case Decimal() | int() if not isinstance(value, bool):
             amount = Decimal(value)
         case _:
-            raise ValueError("must be a Decimal, an int or a str")
+            raise ValueError("must be a Decimal, an int or a str: a float cannot represent every amount exactly")
     if not amount.is_finite():
         raise ValueError("must be a finite number")
     if not _SMALLEST <= amount <= _LARGEST:

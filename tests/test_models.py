@@ -309,7 +309,7 @@ def test_a_damaged_record_is_refused():
 )
 def test_usable_notify_url_is_unchanged(url):
     """An absolute http or https URL of at most 128 characters is kept."""
-    assert text_rules.notify_url(url) == text_rules.url(url) == url
+    assert text_rules.url(url, 128) == text_rules.url(url) == url
     assert RefundRequest(**MINIMAL, notify_url=url).notify_url == url
 
 
