@@ -77,8 +77,7 @@ class Protocol(NamedTuple):
         ``MalformedMessage``, ``SignatureInvalid``, or ``AnswerMismatch`` for another merchant's notification.
         """
         fields = wire.decode(body)
-        if not self.verify(fields):
-            raise self._not_verified(fields, "notification")
+        self._check_signature(fields, "notification")
         if fields.get("oid_partner") != self.merchant.oid_partner:
             raise errors.AnswerMismatch(
                 "oid_partner", asked=self.merchant.oid_partner, answered=fields.get("oid_partner")
@@ -94,23 +93,21 @@ class Protocol(NamedTuple):
         return refund
 
     def _verified(self, fields: Mapping[str, str]) -> bool:
-        """Return True if the gateway signed ``fields``, and False for an error answer without a signature.
-
-        Raises ``SignatureInvalid`` otherwise.
-        """
+        """Return True if the gateway signed ``fields``, and False for an error answer without a signature."""
         if fields.get("sign"):
-            if not self.verify(fields):
-                raise self._not_verified(fields, f"answer {fields['ret_code']}")
+            self._check_signature(fields, f"answer {fields['ret_code']}")
             return True
         if fields["ret_code"] == "0000":
             raise errors.SignatureInvalid("answer 0000 without signature")
         return False
 
-    def _not_verified(self, fields: Mapping[str, str], subject: str) -> errors.SignatureInvalid:
-        """Return the error for a message whose signature is invalid.
+    def _check_signature(self, fields: Mapping[str, str], subject: str) -> None:
+        """Raise ``SignatureInvalid`` if none of the gateway's keys signed ``fields``.
 
         If the signature is valid without the undocumented fields, the text of the error names those fields.
         """
+        if self.verify(fields):
+            return
         signed = {name: text for name, text in fields.items() if name in DOCUMENTED}
         cause = ""
         if signed != fields and self.verify(signed):
@@ -119,7 +116,7 @@ class Protocol(NamedTuple):
                 f"; the signature is valid without the undocumented fields {others}. LianLian probably did not sign "
                 "them: report this to LianLian's support"
             )
-        return errors.SignatureInvalid(f"{subject}: invalid signature: no configured gateway key verifies it{cause}")
+        raise errors.SignatureInvalid(f"{subject}: invalid signature: no configured gateway key verifies it{cause}")
 
 
 # The findings from error codes; every other class of codes is UNCERTAIN. As the answer to an apply call, NOT_FOUND is
