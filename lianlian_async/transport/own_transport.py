@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
-import anyio.to_thread
 import httpx
 
-from lianlian_async.background import asyncio_loop
 from lianlian_async.errors import ConfigurationError
 
 from .connection import proxy_for
@@ -79,22 +77,19 @@ def _has_aiohttp() -> bool:
     return tuple(map(int, re.findall("[0-9]+", installed)[:2])) >= _OLDEST_AIOHTTP
 
 
-async def own_transport(max_connections: int, backend: HttpBackend | None, urls: Sequence[str]) -> AsyncBaseTransport:
-    """Return the library's own transport for ``urls``; created in a thread, because it reads CA files and modules.
+def own_transport(
+    max_connections: int, backend: HttpBackend | None, urls: Sequence[str], *, on_asyncio: bool
+) -> AsyncBaseTransport:
+    """Return the library's own transport for ``urls``. Call it in a thread, because it reads CA files and modules.
 
     Raises ``ConfigurationError`` if an environment variable has an unusable value.
     """
-    on_asyncio = asyncio_loop() is not None
+    chosen = http_backend(backend)
+    proxies = [proxy_for(httpx.URL(url)) for url in urls]  # a list: it checks all of them
+    if chosen == "httpx" or not on_asyncio or any(proxies):
+        import httpcore  # noqa: F401 - httpx imports it for the first connection, on the event loop
 
-    def make() -> AsyncBaseTransport:
-        chosen = http_backend(backend)
-        proxies = [proxy_for(httpx.URL(url)) for url in urls]  # a list: it checks all of them
-        if chosen == "httpx" or not on_asyncio or any(proxies):
-            import httpcore  # noqa: F401 - httpx imports it for the first connection, on the event loop
+        return PoolTransport(max_connections)
+    from .aiohttp import AiohttpTransport  # requires the extra
 
-            return PoolTransport(max_connections)
-        from .aiohttp import AiohttpTransport  # requires the extra
-
-        return AiohttpTransport(max_connections)
-
-    return await anyio.to_thread.run_sync(make)
+    return AiohttpTransport(max_connections)

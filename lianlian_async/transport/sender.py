@@ -18,7 +18,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import httpx
 
-from lianlian_async.background import is_failure
+from lianlian_async.background import asyncio_loop, is_failure
 from lianlian_async.clock import parse_http_date, system_clock
 from lianlian_async.errors import ConfigurationError, GatewayUnavailable
 from lianlian_async.exchange import Delivery, HttpResponse, NoResponse
@@ -83,7 +83,10 @@ class HttpSender:
         The library's own transport checks the proxies for ``urls`` now, other proxies when it opens a connection.
         """
         given = transport if client is None else client  # not `or`: a mocked transport with a length may be false
-        return cls(await own_transport(max_connections, backend, urls) if given is None else given, content_type)
+        if given is None:
+            make = partial(own_transport, max_connections, backend, urls, on_asyncio=asyncio_loop() is not None)
+            given = await anyio.to_thread.run_sync(make)
+        return cls(given, content_type)
 
     async def post(
         self,
