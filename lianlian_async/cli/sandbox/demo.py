@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from random import Random
 from time import perf_counter
-from typing import Final, NamedTuple
+from typing import Final
 
 import anyio
 import attrs
@@ -57,7 +57,7 @@ def _show(output: Output, gateway: SandboxGateway, run: "_Run") -> int:
     """Print the audit; return the exit code."""
     gateway.advance(86_400.0)  # carries out late requests
     made = Counter(record.no_refund for record in gateway.refunds)
-    found = audit([request.no_refund for request in run.requests], run.outcomes, made)
+    rows, disagreements = audit([request.no_refund for request in run.requests], run.outcomes, made)
     facts = {
         "refunds": len(run.requests),
         "made_twice": sum(times > 1 for times in made.values()),
@@ -66,14 +66,14 @@ def _show(output: Output, gateway: SandboxGateway, run: "_Run") -> int:
         "seconds": round(perf_counter() - run.began, 1),
         "worst_stall_ms": round(1000 * run.stall, 1),
     }
-    verdict = f"the gateway's ledger {'contradicts' if found.disagreements else 'confirms'} the outcomes"
-    counts = {word: number for word, number, _ in found.outcomes}
-    document = {"outcome": verdict, **facts, "outcomes": counts, "disagreements": found.disagreements}
-    by_outcome = table("refunds", ("outcome", "refunds", "made, by the gateway's ledger"), found.outcomes)
-    output.show(document, by_outcome, *tables({"run": facts}), verdict, *found.disagreements)
+    verdict = f"the gateway's ledger {'contradicts' if disagreements else 'confirms'} the outcomes"
+    counts = {word: number for word, number, _ in rows}
+    document = {"outcome": verdict, **facts, "outcomes": counts, "disagreements": disagreements}
+    by_outcome = table("refunds", ("outcome", "refunds", "made, by the gateway's ledger"), rows)
+    output.show(document, by_outcome, *tables({"run": facts}), verdict, *disagreements)
     if run.is_interrupted:
         output.note(INTERRUPTED.word)
-    return INTERRUPTED.exit_code if run.is_interrupted else int(bool(found.disagreements))
+    return INTERRUPTED.exit_code if run.is_interrupted else int(bool(disagreements))
 
 
 def _requests(count: int, random: Random) -> list[RefundRequest]:
@@ -129,21 +129,17 @@ class _Run:
             self.stall = max(self.stall, perf_counter() - began - _TICK)
 
 
-class Audit(NamedTuple):
-    """The comparison of all outcomes with the gateway's ledger."""
+def audit(
+    numbers: Iterable[str], outcomes: Mapping[str, ExitOutcome], made: Counter[str]
+) -> tuple[list[tuple[str, int, int]], list[str]]:
+    """Compare the outcomes with ``made``: how many times the gateway made each refund.
 
-    outcomes: list[tuple[str, int, int]]
-    """By outcome: its word, the number of refunds, and how often the gateway made them in total."""
-    disagreements: list[str]
-    """Refunds whose outcome contradicts the ledger."""
-
-
-def audit(numbers: Iterable[str], outcomes: Mapping[str, ExitOutcome], made: Counter[str]) -> Audit:
-    """Compare the outcome of each refund, None if it was not started, with how many times it was made."""
+    Return for each outcome its word, the number of its refunds and how often these were made; then those of ``numbers``
+    whose outcome contradicts ``made``. A refund that was not started has no outcome.
+    """
     refunds, times_made = Counter(dict.fromkeys((MADE, REJECTED, NOT_SENT, UNKNOWN), 0)), Counter[ExitOutcome]()
     for number, outcome in outcomes.items():
         refunds[outcome] += 1
         times_made[outcome] += made[number]
-    allowed = {number: _TIMES_MADE.get(outcomes.get(number), (0,)) for number in numbers}
-    counts = [(outcome.word, number, times_made[outcome]) for outcome, number in refunds.items()]
-    return Audit(counts, [number for number, times in allowed.items() if made[number] not in times])
+    rows = [(outcome.word, number, times_made[outcome]) for outcome, number in refunds.items()]
+    return rows, [number for number in numbers if made[number] not in _TIMES_MADE.get(outcomes.get(number), (0,))]
