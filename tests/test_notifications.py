@@ -1045,6 +1045,13 @@ async def test_the_log_names_the_address_that_was_judged(handler, caplog, client
     assert caplog.messages == [f"notification refused: {judged} is not on the allow-list"]
 
 
+async def test_the_log_names_a_proxy_on_a_unix_socket_that_names_no_client(handler, caplog):
+    """The proxy is trusted already, so the log does not advise to declare it."""
+    endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=["unix"])
+    assert (await endpoint.handle(notification(), HEADERS)).status == 403
+    assert caplog.messages == ["notification refused: a trusted proxy on a Unix socket is not on the allow-list"]
+
+
 @pytest.mark.parametrize("client", [None, ""])
 @pytest.mark.parametrize(
     ("proxies", "forwarded", "status"),

@@ -30,7 +30,9 @@ def judge(
     ``trusts_unix`` is true. ``forwarded_for`` is the header X-Forwarded-For: each proxy appends the address of its
     client. The client's address is the last one that does not belong to a trusted proxy; earlier ones may be forged.
     """
-    judged = 'a peer without an IP address (for a proxy on a Unix socket, add "unix" to trusted_proxies)'
+    judged = "a trusted proxy on a Unix socket"
+    if not trusts_unix:
+        judged = 'a peer without an IP address (for a proxy on a Unix socket, add "unix" to trusted_proxies)'
     hops = [] if trusts_unix and not peer else [peer or ""]
     for hop in (*hops, *reversed(forwarded_for.split(","))):
         try:
