@@ -307,7 +307,7 @@ class NotificationEndpoint:
         ``resume``. Raises ``ConfigurationError`` as :meth:`check_sweep`, and ``JournalError`` if the journal fails.
         """
         journal, session = self.check_sweep()
-        self._check_inbox()
+        self._check_inbox(may_have_ended=True)
         _, inbox = await self._open()
         await journal.begin_acting()  # again: a failover of the database may have lost the first one
         resumed = await session.resume(concurrency=concurrency)
@@ -327,9 +327,9 @@ class NotificationEndpoint:
             )
         return self._journal, self._session
 
-    def _check_inbox(self) -> None:
+    def _check_inbox(self, *, may_have_ended: bool = False) -> None:
         # Without a worker, no notification may be acknowledged.
-        if self._is_inbox and (self._worker is None or self._worker.has_ended):
+        if self._is_inbox and (self._worker is None or (self._worker.has_ended and not may_have_ended)):
             raise RuntimeError(f"the inbox is not open: {_HOW_TO_OPEN}")
 
     async def _act(self, refund: Refund) -> None:
