@@ -76,3 +76,15 @@ async def test_a_reader_that_cannot_be_opened_closes_the_file(path):
         async with SqliteReader(path):
             pass
     assert str(path) not in open_files()
+
+
+async def test_a_reader_writes_nothing(path):
+    """A session with it raises before anything is sent."""
+    async with SqliteJournal(path) as journal:
+        await journal.begin(intent("R-1"), now())
+    async with SqliteReader(path) as reader:
+        with pytest.raises(JournalError, match="open for reading only"):
+            await reader.begin(intent("R-2"), now())
+        with pytest.raises(JournalError, match="unable to open"):
+            await reader.inbox()
+        assert [entry.no_refund async for entry in reader.entries()] == ["R-1"]

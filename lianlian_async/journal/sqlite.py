@@ -4,16 +4,16 @@ SQLite runs in a thread. Each batch of operations is one transaction, with one `
 """
 
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, TypeVar
 
 import anyio
 
-from lianlian_async.background import complete, run_in_thread
+from lianlian_async.background import run_in_thread
 from lianlian_async.models import check_storable
 
-from .base import Entry, Owner, State
+from .base import Entry, JournalError, Owner, State
 from .group_commit import GroupCommitJournal, Queued
 from .sqlite_file import JournalFile
 
@@ -22,74 +22,7 @@ T = TypeVar("T")
 _PAGE: Final = 500
 
 
-class _FileReading:
-    """Opens and reads a journal file."""
-
-    _file: JournalFile
-    _thread: anyio.CapacityLimiter
-
-    def pending(self) -> AsyncIterator[Entry]:
-        return self._walk(pending=True)
-
-    def entries(self) -> AsyncIterator[Entry]:
-        return self._walk(pending=False)
-
-    async def canaries(self) -> list[Entry]:
-        self._check_open()
-        return await self._in_thread(self._file.canaries)
-
-    async def counts(self) -> Mapping[State, int]:
-        self._check_open()
-        return await self._in_thread(self._file.counts)
-
-    async def _walk(self, *, pending: bool) -> AsyncIterator[Entry]:
-        self._check_open()
-        last, until = 0, self._file.last_rowid
-        while page := await self._in_thread(partial(self._file.page, last, until, _PAGE, pending=pending)):
-            for last, entry in page:  # noqa: B007 - the next page starts after rowid ``last``
-                yield entry
-            self._check_open()
-
-    async def _open_file(self, path: str, *, read_only: bool = False) -> None:
-        self._thread = anyio.CapacityLimiter(1)
-        make = partial(JournalFile, path, read_only=read_only)
-        self._file = await run_in_thread(make, limiter=self._thread, undo=JournalFile.close)
-
-    async def _close(self) -> None:
-        await self._in_thread(self._file.close)
-
-    def _check_open(self) -> None:
-        """Raise an error if the journal is not open; a reader is not checked."""
-
-    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        return await run_in_thread(function, *arguments, limiter=self._thread)
-
-
-class SqliteReader(_FileReading):
-    """Reads the journal file ``path``, even while another process has it open. Changes no entry."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = os.path.realpath(path)
-
-    async def __aenter__(self) -> Self:
-        await self._open_file(self._path, read_only=True)
-        self.id, self.owner, self.problem = self._file.id, self._file.owner, self._file.problem
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await complete(self._close)
-
-    async def find(self, no_refund: str) -> Entry | None:
-        """Return the entry of one refund."""
-        check_storable(no_refund, "no_refund")
-        return next(iter(await self.find_all([no_refund])), None)
-
-    async def find_all(self, numbers: Sequence[str]) -> list[Entry]:
-        """Return the entries of ``numbers``; a number without an entry is left out."""
-        return await self._in_thread(self._file.find_all, numbers)
-
-
-class SqliteJournal(_FileReading, GroupCommitJournal):
+class SqliteJournal(GroupCommitJournal):
     """A :class:`~lianlian_async.journal.Journal` in the SQLite file ``path``, which is created if it is missing.
 
     Only one object at a time may have it open; a second one, also in another process, gets a ``JournalError``. If a
@@ -105,27 +38,79 @@ class SqliteJournal(_FileReading, GroupCommitJournal):
     restart or mount (gVisor, FAT, some FUSE file systems), the journal is then refused: use a PostgresJournal.
     """
 
+    _is_read_only = False
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(os.path.realpath(path))
 
-    def _new_inbox(self) -> "SqliteJournal":
-        return SqliteJournal(f"{self._name}-inbox")
+    def pending(self) -> AsyncIterator[Entry]:
+        return self._walk(pending=True)
 
-    async def _open(self) -> None:
-        await self._open_file(self._name)
-        self._id, self.owner = self._file.id, self._file.owner
+    def entries(self) -> AsyncIterator[Entry]:
+        return self._walk(pending=False)
 
-    def _check_open(self) -> None:
+    async def _walk(self, *, pending: bool) -> AsyncGenerator[Entry]:
         self._check_usable()
+        last, until = 0, self._file.last_rowid
+        while page := await self._in_thread(partial(self._file.page, last, until, _PAGE, pending=pending)):
+            for last, entry in page:  # noqa: B007 - the next page starts after rowid ``last``
+                yield entry
+            self._check_usable()
 
-    async def _bind(self, owner: Owner) -> None:
-        await self._in_thread(self._file.bind, owner)
+    async def canaries(self) -> list[Entry]:
+        self._check_usable()
+        return await self._in_thread(self._file.canaries)
+
+    async def counts(self) -> Mapping[State, int]:
+        self._check_usable()
+        return await self._in_thread(self._file.counts)
 
     async def begin_acting(self) -> None:
         self._check_usable()
         await self._in_thread(self._file.begin_acting)
 
+    def _new_inbox(self) -> "SqliteJournal":
+        return type(self)(f"{self._name}-inbox")
+
+    async def _open(self) -> None:
+        self._thread = anyio.CapacityLimiter(1)
+        make = partial(JournalFile, self._name, read_only=self._is_read_only)
+        self._file = await run_in_thread(make, limiter=self._thread, undo=JournalFile.close)
+        self._id, self.owner = self._file.id, self._file.owner
+
+    async def _close(self) -> None:
+        await self._in_thread(self._file.close)
+
+    async def _bind(self, owner: Owner) -> None:
+        await self._in_thread(self._file.bind, owner)
+
     async def _write(self, batch: Sequence[Queued]) -> None:
         results = await self._in_thread(self._file.write, [queued.operation for queued in batch])
         for queued, result in zip(batch, results, strict=True):
             queued.result = result
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await run_in_thread(function, *arguments, limiter=self._thread)
+
+
+class SqliteReader(SqliteJournal):
+    """Reads the journal file ``path``, even while another process has it open. It cannot write: it raises instead."""
+
+    _is_read_only = True
+
+    @property
+    def problem(self) -> str:
+        """Why the file cannot be opened for writing, and what to do; empty if it can."""
+        return self._file.problem
+
+    async def find(self, no_refund: str) -> Entry | None:
+        check_storable(no_refund, "no_refund")
+        return next(iter(await self.find_all([no_refund])), None)
+
+    async def find_all(self, numbers: Sequence[str]) -> list[Entry]:
+        """Return the entries of ``numbers``; a number without an entry is left out."""
+        self._check_usable()
+        return await self._in_thread(self._file.find_all, numbers)
+
+    async def _write(self, batch: Sequence[Queued]) -> None:
+        raise JournalError(f"journal {self._name}: open for reading only")
