@@ -9,7 +9,6 @@ sends all its statements in one message, with the parameters in the text (a simp
 a pipeline, and needs no prepared statements, which a pooler such as pgbouncer may mix up.
 """
 
-import asyncio
 import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from psycopg.rows import dict_row
 from psycopg.sql import SQL, Composed, Identifier
 from psycopg_pool import AsyncConnectionPool
 
-from lianlian_async.background import BackgroundTask
+from lianlian_async.background import BackgroundTask, asyncio_loop
 from lianlian_async.clock import Clock, Moment, system_clock
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.secret import Secret, drop_secrets, without_locals
@@ -167,10 +166,8 @@ class PostgresJournal(GroupCommitJournal):
         )
 
     async def _open(self) -> None:
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            raise ConfigurationError("PostgresJournal runs on asyncio only, as psycopg does") from None
+        if asyncio_loop() is None:
+            raise ConfigurationError("PostgresJournal runs on asyncio only, as psycopg does")
         # Connect once without the pool: the pool would retry instead of raising the error.
         with self._errors():
             async with await AsyncConnection.connect(self._dsn.reveal(), row_factory=dict_row) as connection:
