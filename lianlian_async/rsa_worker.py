@@ -21,7 +21,7 @@ T = TypeVar("T")
 INLINE_VERIFY_SECONDS: Final = 0.0005
 """Signatures are verified on the event loop if the test verification in :meth:`RsaWorker.open` takes less time."""
 LONGEST_ROUND: Final = 0.005
-"""Seconds after which a round (one call in the thread) starts no further signature, so that its leader can go on."""
+"""Seconds after which a round (one call in the thread) starts no further signature, so that its caller can go on."""
 DELIVER_AFTER: Final = 0.001
 """Seconds after which a round wakes the callers whose signatures are ready. Waking many at once delays other tasks."""
 
@@ -33,9 +33,8 @@ class _Job:
     fields: Mapping[str, str]
     body: bytes | None = None
     error: BaseException | None = None
-    leads: bool = False
     wake_up: anyio.Event = attrs.field(factory=anyio.Event)
-    """Set when the job is done, or when its caller must lead the next round."""
+    """Set when the job is done, or when its caller may start the next round."""
 
 
 @attrs.define(eq=False, slots=False)
@@ -46,7 +45,7 @@ class RsaWorker:
     _limiter: anyio.CapacityLimiter
     _verify_inline: bool
     _jobs: deque[_Job] = attrs.field(factory=deque, init=False)
-    _has_leader: bool = attrs.field(default=False, init=False)
+    _is_signing: bool = attrs.field(default=False, init=False)
     _call_soon: Callable[[Callable[[], object]], object] = attrs.field(factory=call_soon_threadsafe, init=False)
 
     @classmethod
@@ -61,39 +60,33 @@ class RsaWorker:
     async def seal(self, fields: Mapping[str, str]) -> bytes:
         """Sign ``fields`` in the thread, and return the JSON to send.
 
-        One caller leads: it starts a round, in which the thread signs for all waiting callers. Then the next one leads.
+        One caller starts a round, in which the thread signs for all waiting callers; then the next one does.
         """
         job = _Job(fields)
         self._jobs.append(job)
         try:
-            if self._has_leader:
-                await job.wake_up.wait()
-            else:
-                self._has_leader = job.leads = True
-            # Repeat: if asyncio's Task.cancel ended the leader of a round, the thread may still be signing this job.
+            # After a round, too: if asyncio's Task.cancel ended its caller, the thread may still be signing this job.
             while job.body is None and job.error is None:
-                await anyio.to_thread.run_sync(self._sign_round, limiter=self._limiter)
+                if self._is_signing:
+                    job.wake_up = anyio.Event()
+                    await job.wake_up.wait()
+                    continue
+                self._is_signing = True
+                try:
+                    await anyio.to_thread.run_sync(self._sign_round, limiter=self._limiter)
+                finally:
+                    self._is_signing = False
         finally:
             with suppress(ValueError):  # the thread has taken the job
                 self._jobs.remove(job)
-            if job.leads:
-                self._choose_leader()
+            if self._jobs and not self._is_signing:
+                self._jobs[0].wake_up.set()
         if job.error is not None:
             raise job.error
         return cast("bytes", job.body)
 
-    def _choose_leader(self) -> None:
-        """Let the next waiting caller lead."""
-        try:
-            job = self._jobs[0]
-        except IndexError:  # no caller waits
-            self._has_leader = False
-        else:
-            job.leads = True
-            job.wake_up.set()
-
     def _sign_round(self) -> None:
-        # The thread, not the leader, takes the jobs from the queue: a cancelled leader would lose the jobs it took.
+        # The thread, not the caller, takes the jobs from the queue: a cancelled caller would lose the jobs it took.
         done: list[_Job] = []
         began = delivered = perf_counter()
         for _ in range(len(self._jobs)):
