@@ -242,12 +242,11 @@ def test_without_flock_sqlite_locks_another_file(path, monkeypatch):
     """As on Windows: a second process is refused, and the error names the first, until that closes the journal."""
     monkeypatch.setitem(sys.modules, "fcntl", None)
     elsewhere = runpy.run_path(files.__file__)
-    lock = elsewhere["FileLock"](path)
-    with pytest.raises(elsewhere["FileLocked"], match=f"process {os.getpid()} on"):
-        elsewhere["FileLock"](path)
-    lock.close()
-    lock.close()
-    elsewhere["FileLock"](path).close()
+    lock = elsewhere["file_lock"]
+    with lock(path), pytest.raises(elsewhere["FileLocked"], match=f"process {os.getpid()} on"), lock(path):
+        pass
+    with lock(path):
+        pass
 
 
 async def test_a_child_process_leaves_the_journal_to_its_parent(path, monkeypatch):

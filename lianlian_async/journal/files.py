@@ -9,7 +9,8 @@ import os
 import socket
 import sqlite3
 import sys
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Generator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import import_module
 from io import FileIO
@@ -34,34 +35,31 @@ class FileLocked(Exception):
     """The lock is taken, perhaps by this process. The message names the process and the time when it took the lock."""
 
 
-class FileLock:
-    """The lock on the file ``path``, from construction until :meth:`close` or the end of the process.
+@contextmanager
+def file_lock(path: Path) -> Generator[None]:
+    """Hold the lock on the file ``path``, until the end of the process at the latest.
 
-    The file is created if it is missing, and names this process until :meth:`close`. Raises ``FileLocked``, or
-    ``OSError`` if the file cannot be opened.
+    The file is created if it is missing, and names this process while the lock is held. Raises ``FileLocked``, or
+    ``OSError`` if the file cannot be opened. In a forked child, the end of the block leaves the lock to the parent.
     """
-
-    def __init__(self, path: Path) -> None:
-        with ExitStack() as opened:
-            self._file = opened.enter_context(FileIO(str(path), "a+"))
-            try:
-                if fcntl is not None:
-                    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                else:
-                    _lock_with_sqlite(path, opened)
-            except (BlockingIOError, sqlite3.OperationalError):
-                raise FileLocked(_holder(path)) from None
-            self._file.truncate(0)
-            self._file.write(_this_process().encode())
-            _OPEN.add(self._file)
-            self._opened = opened.pop_all()
-
-    def close(self) -> None:
-        """Release the lock. Does nothing in a forked child, where the file is closed already."""
-        with suppress(ValueError):  # the file is closed
-            self._file.truncate(0)
-        _OPEN.discard(self._file)
-        self._opened.close()
+    with ExitStack() as opened:
+        file = opened.enter_context(FileIO(str(path), "a+"))
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                _lock_with_sqlite(path, opened)
+        except (BlockingIOError, sqlite3.OperationalError):
+            raise FileLocked(_holder(path)) from None
+        file.truncate(0)
+        file.write(_this_process().encode())
+        _OPEN.add(file)
+        try:
+            yield
+        finally:
+            _OPEN.discard(file)
+            with suppress(ValueError):  # closed in a forked child
+                file.truncate(0)
 
 
 def _lock_with_sqlite(path: Path, opened: ExitStack) -> None:

@@ -20,7 +20,7 @@ from lianlian_async.clock import Moment
 
 from . import sqlite_schema as sql
 from .base import Ending, Entry, JournalError, Owner, State, upgrade_steps
-from .files import FileLock, FileLocked, has_content, identity_of, may_be_same, sync_folders
+from .files import FileLocked, file_lock, has_content, identity_of, may_be_same, sync_folders
 from .operations import Begin, Operation, Result, measurable, perform
 
 _RESTORE: Final = "if it is lost, move this file away and use `lianlian journal restore FILE`"
@@ -62,7 +62,7 @@ class JournalFile:
         """Leased entries by no_refund: (rowid, entry as stored)."""
         with self._errors(), ExitStack() as opened:
             if not read_only:
-                opened.enter_context(closing(FileLock(owner_path)))
+                opened.enter_context(file_lock(owner_path))
             check_file(self._path)
             has_log = has_content(self._log_path)
             if read_only:
@@ -345,7 +345,7 @@ def restore(backup: Path, path: Path, now: Moment) -> None:
     path = Path(os.path.realpath(path))
     with (
         _errors(path),
-        closing(FileLock(Path(f"{path}-owner"))),
+        file_lock(Path(f"{path}-owner")),
         TemporaryDirectory(prefix="restored-", dir=path.parent) as folder,
     ):
         wal = Path(f"{path}-wal")  # SQLite would replay it into the restored file
