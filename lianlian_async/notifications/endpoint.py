@@ -47,9 +47,7 @@ logger = logging.getLogger("lianlian_async")
 
 Headers: TypeAlias = Mapping[str, str] | Iterable[tuple[str, str]]
 
-_HOW_TO_OPEN: Final = (
-    "use the NotificationEndpoint in `async with`, or have the server run its lifespan (uvicorn: --lifespan on)"
-)
+_HOW_TO_OPEN: Final = "use the NotificationEndpoint in `async with`, or the server's lifespan (uvicorn: --lifespan on)"
 
 _REFUSED: Final[Mapping[type[errors.LianLianError], Verdict]] = {
     errors.MalformedMessage: Verdict.MALFORMED,
@@ -240,9 +238,7 @@ class NotificationEndpoint:
 
     async def _handle(self, body: bytes) -> Ack:
         if not isinstance(body, bytes | bytearray):
-            raise TypeError(
-                f"body: must be the raw bytes of the request body, not {type(body).__name__}; the endpoint decodes them"
-            )
+            raise TypeError(f"body: must be the raw bytes of the request body, not {type(body).__name__}")
         began, about = self._listeners.timer(), list[str | None]()
         try:
             verdict = await self._judge(body, about)

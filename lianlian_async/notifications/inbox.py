@@ -208,11 +208,7 @@ class Inbox:
 
 def _intent(refund: Refund, lease: float) -> Intent:
     # The state comes first, because a conflict names the first field that differs.
-    identity = {
-        "sta_refund": str(refund.sta_refund),
-        "money_refund": str(refund.money_refund),
-        "no_refund": str(refund.no_refund),
-    }
+    identity = {name: str(getattr(refund, name)) for name in ("sta_refund", "money_refund", "no_refund")}
     content = {**identity, **{name: text for name, text in refund.raw.items() if text}}
     number, body = identity["no_refund"], json.dumps(content).encode()
     return Intent(no_refund=number, fields=identity, body=body, lease=lease, grace=None)
