@@ -19,17 +19,18 @@ rarely meets a connection that the server is closing."""
 _LIMITS: Final = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=KEEPALIVE_SECONDS)
 
 
-class _Connection:
-    """A transport with one connection to one origin; its socket is known after the TCP connect."""
+class _Connection(httpx.AsyncByteStream):
+    """One connection to one origin, and the body of its current response; closing this body returns it to its pool."""
 
-    def __init__(
-        self, transport: httpx.AsyncHTTPTransport, proxy: httpx.Proxy | None, stack: "deque[_Connection]"
-    ) -> None:
-        self.idle_since = 0.0
+    def __init__(self, pool: "PoolTransport", stack: "deque[_Connection]", proxy: httpx.Proxy | None) -> None:
+        if proxy is not None and proxy.url.scheme == "https":
+            proxy.ssl_context = pool.ssl_context  # without it, httpcore reads the CA files for each connection
         self.stack = stack
-        self._transport = transport
+        self.idle_since = 0.0
+        self._pool = pool
         self._proxy = proxy
-        self._socket: Any = None
+        self._transport = httpx.AsyncHTTPTransport(verify=pool.ssl_context, limits=_LIMITS, proxy=proxy)
+        self._socket: Any = None  # known after the TCP connect
 
     async def send(self, request: httpx.Request) -> httpx.Response:
         """Send ``request``. If the connection is closed before the response has been read, it is reset (RST)."""
@@ -47,20 +48,32 @@ class _Connection:
             reset_when_closed(self._socket)
         request.extensions = {**extensions, "trace": watch}
         try:
-            return await self._transport.handle_async_request(request)
+            response = await self._transport.handle_async_request(request)
         except httpx.TransportError as error:
             if self._proxy is not None:
                 error.add_note(f"through the proxy {self._proxy.url.netloc.decode()}")
             raise
         finally:
             request.extensions = extensions
+        self._stream = cast("httpx.AsyncByteStream", response.stream)  # AsyncHTTPTransport's streams are async
+        response.stream = self
+        return response
 
-    def answered(self) -> None:
-        """Close the connection normally from now on, because the response has been read."""
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for chunk in self._stream:
+            yield chunk
         if self._socket is not None:
             close_normally(self._socket)
 
     async def aclose(self) -> None:
+        try:
+            await self._stream.aclose()
+        except BaseException:
+            await self._pool.discard(self)
+            raise
+        await self._pool.release(self)
+
+    async def shut(self) -> None:
         """Close the connection, even if the caller is cancelled."""
         with anyio.CancelScope(shield=True):
             await self._transport.aclose()
@@ -75,7 +88,7 @@ class PoolTransport(httpx.AsyncBaseTransport):
     """
 
     def __init__(self, max_connections: int) -> None:
-        self._ssl_context = trusting_context()
+        self.ssl_context = trusting_context()
         self._slots = anyio.Semaphore(max_connections, fast_acquire=True)
         self._idle: dict[tuple[str, str, int | None], deque[_Connection]] = {}
         self._closed = False
@@ -83,22 +96,15 @@ class PoolTransport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send ``request`` on the most recently used idle connection to its origin, or on a new connection."""
         await self._acquire(request)
-        origin = (request.url.scheme, request.url.host, request.url.port)
-        stack = self._idle.setdefault(origin, deque())
+        url, connection = request.url, None
+        stack = self._idle.setdefault((url.scheme, url.host, url.port), deque())
         try:
-            connection = stack.pop() if stack else self._connect(request.url, stack)
-        except BaseException:
-            self._slots.release()
-            raise
-        try:
-            response = await connection.send(request)
+            connection = stack.pop() if stack else _Connection(self, stack, proxy_for(url))
+            return await connection.send(request)
         except BaseException:
             # A failed or cancelled request may leave unread bytes on its connection: do not reuse it.
             await self.discard(connection)
             raise
-        stream = cast("httpx.AsyncByteStream", response.stream)  # AsyncHTTPTransport's streams are async
-        response.stream = _ResponseStream(stream, self, connection)
-        return response
 
     async def _acquire(self, request: httpx.Request) -> None:
         seconds = request.extensions.get("timeout", {}).get("pool")
@@ -106,13 +112,6 @@ class PoolTransport(httpx.AsyncBaseTransport):
             await self._slots.acquire()
             return
         raise httpx.PoolTimeout(f"no free connection within {seconds} s", request=request)
-
-    def _connect(self, url: httpx.URL, stack: deque[_Connection]) -> _Connection:
-        proxy = proxy_for(url)
-        if proxy is not None and proxy.url.scheme == "https":
-            proxy.ssl_context = self._ssl_context  # without it, httpcore reads the CA files for each connection
-        transport = httpx.AsyncHTTPTransport(verify=self._ssl_context, limits=_LIMITS, proxy=proxy)
-        return _Connection(transport, proxy, stack)
 
     async def release(self, connection: _Connection) -> None:
         """Keep a connection for the next request to its origin."""
@@ -125,38 +124,17 @@ class PoolTransport(httpx.AsyncBaseTransport):
         for each in tuple(self._idle.values()):
             # The first connection is the least recently used one. Other requests may pop connections during the await.
             while each and now - each[0].idle_since > KEEPALIVE_SECONDS:
-                await each.popleft().aclose()
+                await each.popleft().shut()
 
-    async def discard(self, connection: _Connection) -> None:
-        """Close a connection and free its slot."""
+    async def discard(self, connection: _Connection | None) -> None:
+        """Free the slot of a connection, and close it if it was made."""
         self._slots.release()
-        await connection.aclose()
+        if connection is not None:
+            await connection.shut()
 
     async def aclose(self) -> None:
         """Close every idle connection; a connection in use is closed together with its response."""
         self._closed = True
         for stack in self._idle.values():
             while stack:
-                await stack.pop().aclose()
-
-
-class _ResponseStream(httpx.AsyncByteStream):
-    """The bytes of a response; closing it releases the connection."""
-
-    def __init__(self, stream: httpx.AsyncByteStream, pool: PoolTransport, connection: _Connection) -> None:
-        self._stream = stream
-        self._pool = pool
-        self._connection = connection
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for chunk in self._stream:
-            yield chunk
-        self._connection.answered()
-
-    async def aclose(self) -> None:
-        try:
-            await self._stream.aclose()
-        except BaseException:
-            await self._pool.discard(self._connection)
-            raise
-        await self._pool.release(self._connection)
+                await stack.pop().shut()
