@@ -167,23 +167,15 @@ class NotificationEndpoint:
             if not self._journal.is_open:
                 await resources.enter_async_context(self._journal)
             _, inbox = await self._open()
+            if self._is_inbox:
+                self._worker = await resources.enter_async_context(inbox.worker())
             self._resources = resources.pop_all()
-        if self._is_inbox:
-            self._worker = BackgroundTask(inbox.work, _log_end)
-            self._resources.push_async_callback(self._end_worker, self._worker, inbox)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         resources, self._resources = self._resources, None
         self._ready = self._worker = None
         await cast("AsyncExitStack", resources).aclose()  # it was entered
-
-    async def _end_worker(self, worker: BackgroundTask, inbox: Inbox) -> None:
-        inbox.stop()
-        try:
-            await worker.join()
-        finally:
-            await worker.aclose()
 
     async def _open(self) -> tuple[RsaWorker, Inbox]:
         async with self._open_lock:
@@ -372,8 +364,3 @@ def _header(headers: Headers, name: str) -> str:
         return ",".join([text for key, text in pairs if str.lower(key) == name])
     except (TypeError, ValueError):
         raise TypeError("headers: must be a mapping of str to str, or (name, value) pairs of str") from None
-
-
-def _log_end(error: BaseException | None) -> None:
-    if error is not None:
-        logger.error("the inbox's worker has failed; no more notifications are accepted", exc_info=error)

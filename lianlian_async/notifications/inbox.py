@@ -8,14 +8,14 @@ import json
 import logging
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from functools import cached_property
 from typing import Final, TypeVar
 
 import anyio
 import attrs
 
-from lianlian_async.background import is_failure
+from lianlian_async.background import BackgroundTask, is_failure
 from lianlian_async.clock import Clock
 from lianlian_async.errors import InvalidRequest, RefundConflict
 from lianlian_async.journal import Ending, Entry, Intent, Journal, MemoryJournal, Standing, State
@@ -142,7 +142,7 @@ class Inbox:
         await run_workers(self.refunds.pending(), keep_one, workers=self.workers, intake=anyio.CancelScope())
 
     async def work(self) -> None:
-        """Act on all present and future open entries of the inbox, until :meth:`stop`."""
+        """Act on all present and future open entries of the inbox."""
 
         async def attempt(entry: Entry) -> None:
             failures, _ = self._backoffs[entry.no_refund]
@@ -159,9 +159,18 @@ class Inbox:
         """Try once to act on every open entry of the inbox. For an endpoint that does not run :meth:`work`."""
         await run_workers(self.journal.pending(), self._attempt, workers=self.workers, intake=anyio.CancelScope())
 
-    def stop(self) -> None:
-        """Stop :meth:`work` after the running handlers finish."""
-        self._intake.cancel()
+    @asynccontextmanager
+    async def worker(self) -> AsyncGenerator[BackgroundTask]:
+        """Run :meth:`work` in the background; at the end, wait until the running handlers have finished."""
+        task = BackgroundTask(self.work, _log_end)
+        try:
+            yield task
+        finally:
+            self._intake.cancel()
+            try:
+                await task.join()
+            finally:
+                await task.aclose()
 
     async def _attempt(self, entry: Entry) -> bool:
         """Act on ``entry``; return whether this or an earlier handler call succeeded."""
@@ -204,6 +213,11 @@ class Inbox:
             due = min((until for _, until in self._backoffs.values()), default=math.inf)
             with anyio.move_on_after(min(max(due - anyio.current_time(), 0.0), _SCAN_EVERY)):
                 await self._arrived.wait()
+
+
+def _log_end(error: BaseException | None) -> None:
+    if error is not None:
+        logger.error("the inbox's worker has failed; no more notifications are accepted", exc_info=error)
 
 
 def _intent(refund: Refund, lease: float) -> Intent:
