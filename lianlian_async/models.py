@@ -100,9 +100,9 @@ class _Request:
             if hasattr(value, "factory"):  # of a field that a user's subclass adds
                 value = value.factory()
             try:
-                if value is attrs.NOTHING:
+                if value is attrs.NOTHING or (value is None and default is attrs.NOTHING):
                     raise ValueError("is required")
-                if name in rules and (value is not None or default is attrs.NOTHING):
+                if name in rules and value is not None:
                     value = rules[name](value)
             except InvalidRequest as error:
                 problems += error.problems
@@ -350,10 +350,9 @@ class RefundRecord:
 
     def query(self) -> RefundQuery:
         """Return the query about this refund. Raises ``InvalidRequest`` if its ``dt_refund`` is unknown."""
-        known = self.identity()
-        known.pop("money_refund", None)
-        if "no_refund" in known:
-            known.pop("oid_refundno", None)
+        known = {name: getattr(self, name) for name in _defaults(RefundQuery)}
+        if self.no_refund is not None:
+            del known["oid_refundno"]
         return RefundQuery.from_record(known)
 
 
