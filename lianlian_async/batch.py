@@ -1,7 +1,7 @@
 """Batches: ``refund_many`` takes any number of requests and yields the outcome of each refund."""
 
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from typing import Self, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import anyio
 import attrs
@@ -99,9 +99,6 @@ class Outcomes(AsyncIterator[Outcome]):
         self._run = run
         self._background: BackgroundTask | None = None
         self._closed = False
-
-    def __aiter__(self) -> Self:
-        return self
 
     def __anext__(self) -> Awaitable[Outcome]:
         # Not async def: a cancellation's traceback would keep the coroutine's frame alive, which refers to this object.
