@@ -5,7 +5,6 @@ from typing import Final, cast
 import anyio
 
 from lianlian_async import errors
-from lianlian_async.errors import RefundConflict
 from lianlian_async.identity import check_identity
 from lianlian_async.journal import Journal
 from lianlian_async.models import Refund, RefundRecord
@@ -38,7 +37,7 @@ async def complete(
         with anyio.fail_after(seconds):
             found = await session.query_refund(notified.query(), deadline=seconds)
         check_same(notified, found)
-    except (errors.JournalError, RefundConflict):
+    except (errors.JournalError, errors.RefundConflict):
         raise
     except (errors.LianLianError, TimeoutError) as error:
         raise IncompleteRecord(f"{what}; the query failed: {error or 'no connection was free'}") from error
@@ -58,4 +57,4 @@ def check_same(notified: RefundRecord, found: RefundRecord) -> None:
     check_identity(notified.identity(), found.raw)
     if notified.sta_refund not in (None, found.sta_refund):
         ours, theirs = str(notified.sta_refund), str(found.sta_refund)
-        raise RefundConflict(str(found.no_refund), field="sta_refund", ours=ours, theirs=theirs)
+        raise errors.RefundConflict(str(found.no_refund), field="sta_refund", ours=ours, theirs=theirs)
