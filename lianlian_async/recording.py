@@ -162,16 +162,16 @@ async def keep(journal: Journal, entry: Entry, case: Case, resolve: Callable[[],
 async def _store(journal: Journal, entry: Entry, case: Case, outcome: Refund | LianLianError) -> Entry | None:
     """Record ``outcome``, even if cancelled. Return the entry as stored, or None if only its lease ended."""
     how = moment = refused = None
-    match outcome:
-        case RefundRecord():
-            how = ending(outcome)
-        case RefundConflict():
-            how = Ending(state=State.CONFLICT, record=outcome.record or {})
-        case RefundRejected(is_configuration=False, may_pass=False):  # else the same refund may be sent again
+    if isinstance(outcome, RefundOutcomeUnknown):
+        moment = outcome.moment
+        refused = None if outcome.refused is None else _refusal_record(outcome.refused)
+    elif isinstance(outcome, RefundConflict):
+        how = Ending(state=State.CONFLICT, record=outcome.record or {})
+    elif isinstance(outcome, RefundRejected):
+        if not (outcome.is_configuration or outcome.may_pass):  # else the same refund may be sent again
             how = Ending(state=State.REJECTED, record=_refusal_record(outcome))
-        case RefundOutcomeUnknown():
-            moment = outcome.moment
-            refused = None if outcome.refused is None else _refusal_record(outcome.refused)
+    elif not isinstance(outcome, LianLianError):
+        how = ending(outcome)
     with anyio.CancelScope(shield=True):
         if how is not None:
             return await journal.finish(entry, how, case.history)
