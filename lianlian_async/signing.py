@@ -91,22 +91,20 @@ def _openssl(rsa: RSA.RsaKey) -> _Scheme:
 
 def _scheme(rsa: RSA.RsaKey) -> _Scheme:
     """Return the functions that sign and verify with ``BACKEND``."""
-    match BACKEND:
-        case "pycryptodome":
-            return _pycryptodome(rsa)
-        case "openssl" if find_spec("cryptography"):
-            try:
-                return _openssl(rsa)
-            except Exception as error:  # the exception type depends on OpenSSL's version and configuration
-                if os.environ.get("LIANLIAN_SIGNING_BACKEND"):
-                    raise ConfigurationError(
-                        "LIANLIAN_SIGNING_BACKEND: OpenSSL refuses MD5 or this key (FIPS mode?): set it to pycryptodome"
-                    ) from error
-                return _pycryptodome(rsa)
-        case "openssl":
-            raise ConfigurationError("LIANLIAN_SIGNING_BACKEND: openssl needs pip install 'lianlian-async[fast]'")
-        case _:
-            raise ConfigurationError(f"LIANLIAN_SIGNING_BACKEND: must be pycryptodome or openssl, is {BACKEND!r}")
+    if BACKEND == "pycryptodome":
+        return _pycryptodome(rsa)
+    if BACKEND != "openssl":
+        raise ConfigurationError(f"LIANLIAN_SIGNING_BACKEND: must be pycryptodome or openssl, is {BACKEND!r}")
+    if not find_spec("cryptography"):
+        raise ConfigurationError("LIANLIAN_SIGNING_BACKEND: openssl needs pip install 'lianlian-async[fast]'")
+    try:
+        return _openssl(rsa)
+    except Exception as error:  # the exception type depends on OpenSSL's version and configuration
+        if os.environ.get("LIANLIAN_SIGNING_BACKEND"):
+            raise ConfigurationError(
+                "LIANLIAN_SIGNING_BACKEND: OpenSSL refuses MD5 or this key (FIPS mode?): set it to pycryptodome"
+            ) from error
+        return _pycryptodome(rsa)
 
 
 class _Key:
