@@ -9,6 +9,7 @@ import os
 import re
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, Final, Self, TypeAlias
 
@@ -27,7 +28,8 @@ The default is OpenSSL if ``cryptography`` is installed; the environment variabl
 it. Without this variable, pycryptodome is used if OpenSSL refuses MD5 or a key (FIPS mode).
 """
 
-_Scheme: TypeAlias = tuple[Callable[[bytes], bytes], Callable[[bytes, bytes], bool]]
+_Scheme: TypeAlias = tuple[Callable[[bytes], bytes], Callable[[bytes, bytes], object], type[Exception]]
+"""Signs a source; checks a source and a signature; and the exception that the check raises if they do not match."""
 
 _PKCS1: Final = re.compile(rb"\x00\x01\xff{8,}\x00(.+)", re.DOTALL)
 _DIGEST_INFO: Final = {  # the bytes before the digest (RFC 8017 §9.2, note 1), by the hash's name in hashlib
@@ -50,15 +52,11 @@ def signature_source(fields: Mapping[str, str | None]) -> bytes:
 
 def _pycryptodome(rsa: RSA.RsaKey) -> _Scheme:
     scheme = pkcs1_15.new(rsa)
-
-    def verify(source: bytes, signature: bytes) -> bool:
-        try:
-            scheme.verify(MD5.new(source), signature)
-        except ValueError:
-            return False
-        return True
-
-    return lambda source: scheme.sign(MD5.new(source)), verify
+    return (
+        lambda source: scheme.sign(MD5.new(source)),
+        lambda source, signature: scheme.verify(MD5.new(source), signature),
+        ValueError,
+    )
 
 
 def _openssl(rsa: RSA.RsaKey) -> _Scheme:
@@ -69,28 +67,21 @@ def _openssl(rsa: RSA.RsaKey) -> _Scheme:
     how = padding.PKCS1v15(), hashes.MD5()
     # Any: the types of the package also allow keys of other kinds.
     public: Any = serialization.load_der_public_key(rsa.public_key().export_key("DER"))
-    private: Any = (
-        serialization.load_der_private_key(rsa.export_key("DER", pkcs=8), None) if rsa.has_private() else None
+    with suppress(InvalidSignature):
+        public.verify(b"", b"", *how)  # in FIPS mode, OpenSSL refuses MD5 only at its first use
+    private: Any = None
+    if rsa.has_private():
+        private = serialization.load_der_private_key(rsa.export_key("DER", pkcs=8), None)
+        private.sign(b"", *how)
+    return (
+        lambda source: bytes(private.sign(source, *how)),
+        lambda source, signature: public.verify(signature, source, *how),
+        InvalidSignature,
     )
-
-    def verify(source: bytes, signature: bytes) -> bool:
-        try:
-            public.verify(signature, source, *how)
-        except InvalidSignature:
-            return False
-        return True
-
-    def sign(source: bytes) -> bytes:
-        return bytes(private.sign(source, *how))
-
-    verify(b"", b"")  # in FIPS mode, OpenSSL refuses MD5 only at its first use
-    if private is not None:
-        sign(b"")
-    return sign, verify
 
 
 def _scheme(rsa: RSA.RsaKey) -> _Scheme:
-    """Return the functions that sign and verify with ``BACKEND``."""
+    """Return how to sign and verify with ``BACKEND``."""
     if BACKEND == "pycryptodome":
         return _pycryptodome(rsa)
     if BACKEND != "openssl":
@@ -110,11 +101,11 @@ def _scheme(rsa: RSA.RsaKey) -> _Scheme:
 class _Key:
     """The common part of private and public keys. The repr shows only size and fingerprint."""
 
-    __slots__ = ("_rsa", "_sign", "_verify", "bits", "fingerprint")
+    __slots__ = ("_check", "_invalid", "_rsa", "_sign", "bits", "fingerprint")
 
     def __init__(self, rsa: RSA.RsaKey) -> None:
         self._rsa = rsa
-        self._sign, self._verify = _scheme(rsa)
+        self._sign, self._check, self._invalid = _scheme(rsa)
         self.bits: int = rsa.size_in_bits()
         """Bits of the modulus."""
         spki = rsa.public_key().export_key("DER")
@@ -192,9 +183,10 @@ class VerifyingKey(_Key):
     def verify(self, source: bytes, signature: str) -> bool:
         """Return whether ``signature`` is this key's signature of ``source``; False if it is not base64."""
         try:
-            return self._verify(source, b64decode(signature, validate=True))
-        except ValueError:  # not base64, or not ASCII
+            self._check(source, b64decode(signature, validate=True))
+        except (ValueError, self._invalid):  # ValueError: not base64, or not ASCII
             return False
+        return True
 
     def signed_digest(self, signature: str) -> tuple[str, bytes] | None:
         """Return the hash (its name in hashlib) and the digest that were signed; None: another key, or an unknown hash.
