@@ -28,7 +28,7 @@ class Operation(Generic[E_co]):
 
     no_refund: str
     apply: Callable[[Entry | None, bool], E_co]
-    """A :class:`Begin`, or a function of this module without its last two arguments. May raise the caller's error."""
+    """A :class:`Begin` or its ``take_back``, or a function of this module without its last two arguments."""
 
 
 class Result(NamedTuple):
