@@ -231,10 +231,14 @@ def test_explain_of_an_unknown_number_is_an_error(journal):
     assert run("explain", "R-1", "--journal", journal.with_name("other")).exit_code == 2
 
 
-def test_explain_warns_about_a_journal_that_lacks_refunds(journal, tmp_path):
+def test_reading_a_journal_that_lacks_refunds_warns(journal, tmp_path):
     """A copy may say "certainly not made" about a refund that was made later."""
     begin(journal, sent=False)
     copy = shutil.copy(journal, tmp_path / "copy")
+    for command in (("show",), ("export", "--out", tmp_path / "out.csv")):
+        shown = run("journal", *command, "--journal", copy)
+        assert shown.exit_code == 0
+        assert shown.stderr.startswith(f"warning: {copy}: this is a backup or another copy of a journal")
     for number in "R-1", "R-2":
         explained = run("explain", number, "--journal", copy)
         assert explained.exit_code == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 
 import anyio
 import anyio.to_thread
@@ -100,7 +101,18 @@ def test_agreeing_refunds_are_counted_and_exit_0(env, journal, gateway, file, en
     people = run("reconcile", file, "--journal", journal)
     assert (machine.exit_code, people.exit_code) == (0, 0)
     assert machine.json == NOTHING | {"agrees": 2}
+    assert people.stderr == ""
     assert "│ agrees               │ 2       │ 20.00 │" in people.stdout
+
+
+def test_a_copy_of_a_journal_warns(env, journal, gateway, file):
+    """The copy lacks refunds that were made after it."""
+    send(env, journal, gateway, 0, 1)
+    file.write_text(rows(gateway, 0, 1))
+    copy = shutil.copy(journal, journal.with_name("copy"))
+    ended = run("reconcile", file, "--journal", copy)
+    assert ended.exit_code == 0
+    assert ended.stderr.startswith(f"warning: {copy}: this is a backup or another copy of a journal")
 
 
 def test_differences_are_listed_and_exit_3(env, journal, gateway, file):

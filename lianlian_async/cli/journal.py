@@ -20,7 +20,7 @@ from rich.text import Text
 from lianlian_async.clock import Moment, system_clock
 from lianlian_async.codes import CODES
 from lianlian_async.errors import LianLianError
-from lianlian_async.journal import Entry, SqliteReader, State
+from lianlian_async.journal import Entry, State
 from lianlian_async.journal.base import MOST_FACTS, facts
 from lianlian_async.journal.sqlite_file import JournalFile
 from lianlian_async.journal.sqlite_file import restore as restore_file
@@ -34,7 +34,7 @@ from .exit_codes import NOT_SENT, UNKNOWN, ExitOutcome, exit_outcome_of
 from .options import is_dsn, load_merchant, make_session, place_name
 from .output import Output, line_writer, local_time, printable, table, tables
 from .signals import sigterm_interrupts
-from .stores import find_journal, make_folder, make_journal, make_reader, read_queue
+from .stores import find_journal, make_folder, make_journal, open_reader, read_queue
 
 _LONGEST_EVIDENCE: Final = 200
 _INTERVAL: Final = 1.0
@@ -63,14 +63,14 @@ def show(output: Output, /, journal: str | None, place: str | None, config: Path
     if watch:
         with suppress(KeyboardInterrupt), sigterm_interrupts(), output.screen() as draw:
             while True:
-                report = anyio.run(read_journal, place, report)
+                report = anyio.run(read_journal, output, place, report)
                 draw(*journal_views(report))
                 time.sleep(_INTERVAL)
         return
-    report = anyio.run(read_journal, place)
+    report = anyio.run(read_journal, output, place)
     if report.document["queue"].get("at_work"):  # the rate is computed from two reports
         time.sleep(_INTERVAL)
-        report = anyio.run(read_journal, place, report)
+        report = anyio.run(read_journal, output, place, report)
     output.show(*journal_views(report))
 
 
@@ -78,9 +78,7 @@ def explain(output: Output, /, no_refund: str, place: str | None, config: Path |
     found = find_journal(place, config)
 
     async def find() -> Entry | None:
-        async with make_reader(found) as reader:
-            if isinstance(reader, SqliteReader) and reader.problem:
-                output.note(f"warning: {found}: {reader.problem}")
+        async with open_reader(found, output.note) as reader:
             return await reader.find(no_refund)
 
     if (entry := anyio.run(find)) is None:
@@ -95,7 +93,7 @@ def export(output: Output, /, journal: str | None, place: str | None, config: Pa
 
     async def write_all() -> int:
         number = 0
-        async with make_reader(place) as reader, aclosing(iterate(reader.entries())) as entries:
+        async with open_reader(place, output.note) as reader, aclosing(iterate(reader.entries())) as entries:
             with line_writer(out, _EXPORTED) as write:
                 async for entry in entries:
                     record = entry.ending.record if entry.ending else {}
@@ -117,7 +115,7 @@ def resume(output: Output, /, journal: str | None, place: str | None, config: Pa
             return await session.resume(concurrency=session.max_connections), session.unknown_reasons
 
     resumed, reasons = anyio.run(query_all)
-    report = anyio.run(read_journal, place)
+    report = anyio.run(read_journal, output, place)
     output.show(*journal_views(report, reasons, resolved=resumed.resolved, still_open=resumed.still_open))
     return UNKNOWN.exit_code if report.document["unknown"] else 0
 
@@ -178,14 +176,14 @@ class JournalReport(NamedTuple):
     """The time, in seconds of ``time.monotonic``."""
 
 
-async def read_journal(place: str, earlier: JournalReport | None = None) -> JournalReport:
+async def read_journal(output: Output, place: str, earlier: JournalReport | None = None) -> JournalReport:
     """Read the state of the journal at ``place``, and the rate of its queue since an ``earlier`` report.
 
     Unresolved refunds count as ``unknown`` if they may have been made, else as ``not_sent``. The ``ask_again_at`` of
     the oldest unknown ones assumes the default ``not_found_grace``.
     """
     unknown, not_sent, oldest = 0, 0, []
-    async with make_reader(place) as reader:
+    async with open_reader(place, output.note if earlier is None else str) as reader:
         states = await reader.counts()
         if states[State.UNRESOLVED]:
             async with aclosing(iterate(reader.pending())) as entries:

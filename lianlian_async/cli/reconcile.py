@@ -20,7 +20,7 @@ from lianlian_async.worker_pool import iterate, run_workers
 
 from .options import load_merchant
 from .output import Output, table
-from .stores import find_journal, make_journal, make_reader
+from .stores import find_journal, make_journal, open_reader
 
 _MEANING: Final = {
     Verdict.AGREES: "in both",
@@ -41,7 +41,7 @@ def reconcile(
     try:
         for path in statements:
             _read(found, path, statements)
-        anyio.run(_compare, found, place)
+        anyio.run(_compare, found, place, output)
     except StatementError as error:
         raise click.BadParameter(str(error), param_hint="STATEMENTS") from None
     except sqlite3.Error as error:
@@ -87,8 +87,8 @@ def _encoding(path: Path) -> str:
     raise StatementError(f"{path.name}: is neither UTF-8 nor GB18030")
 
 
-async def _compare(found: Reconciliation, place: str) -> None:
-    async with make_reader(place) as reader:
+async def _compare(found: Reconciliation, place: str, output: Output) -> None:
+    async with open_reader(place, output.note) as reader:
         if (owner := reader.owner) is not None and owner.oid_partner != found.oid_partner:
             raise ConfigurationError(f"journal: belongs to merchant {owner.oid_partner}, not {found.oid_partner}")
         async with aclosing(iterate(reader.entries())) as entries:

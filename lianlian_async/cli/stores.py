@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
@@ -40,6 +40,15 @@ def make_journal(place: str) -> Journal:
 def make_reader(place: str) -> SqliteReader | Journal:
     """Create an object that reads the journal at ``place``, even while another process has it open."""
     return make_journal(place) if is_dsn(place) else SqliteReader(place)
+
+
+@asynccontextmanager
+async def open_reader(place: str, warn: Callable[[str], object]) -> AsyncGenerator[Journal]:
+    """Open the journal at ``place`` for reading. ``warn`` gets the reason if no refund would be sent with it."""
+    async with make_reader(place) as reader:
+        if isinstance(reader, SqliteReader) and reader.problem:
+            warn(f"warning: {place}: {reader.problem}")
+        yield reader
 
 
 @asynccontextmanager

@@ -36,7 +36,7 @@ def worker(output: Output, /, *, dsn: str, config: Path | None, **options: Any) 
         at_end.callback(root.removeHandler, notes)
         progress = Progress(output, step, totals, options["health_file"], options["interval"])
         reasons = anyio.run(_work, merchant, dsn, progress, options)
-    output.show(*journal_views(anyio.run(read_journal, dsn), reasons))
+    output.show(*journal_views(anyio.run(read_journal, output, dsn), reasons))
 
 
 @attrs.frozen
