@@ -493,6 +493,8 @@ async def test_a_wait_that_is_cancelled_makes_no_second_refund():
     async with gateway.session(clock=boot_clock) as session:
         with anyio.move_on_after(50):
             await session.apply_and_wait(refund_request())
+        with pytest.raises(RefundConflict):  # about another request, so it names no outcome
+            await session.apply_and_wait(refund_request(money_refund="9.99"))
         with pytest.raises(RefundNotFinal):
             await session.apply_and_wait(refund_request(), deadline=10)
         assert repr(session._open_refunds) == "<OpenRefunds 0 refunds>"

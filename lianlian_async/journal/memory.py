@@ -11,7 +11,7 @@ from uuid import uuid4
 import anyio.lowlevel
 
 from lianlian_async.clock import Moment
-from lianlian_async.errors import RefundConflict, RefundNotFinal, RefundRejected
+from lianlian_async.errors import RefundNotFinal, RefundRejected
 
 from .base import Entry, Intent, JournalError, Owner, Standing, State
 from .interface import Journal
@@ -125,7 +125,7 @@ class OpenRefunds(MemoryJournal):
         try:
             yield
         except BaseException as error:
-            is_told = isinstance(error, RefundNotFinal | RefundRejected | RefundConflict)
+            is_told = isinstance(error, RefundNotFinal | RefundRejected)  # a conflict may be about another request
             raise
         finally:
             self._kept[no_refund] -= 1
