@@ -40,7 +40,7 @@ _HEADERS: Final = {"Accept": "application/json", "Accept-Encoding": "identity", 
 # stream after the request, and InvalidURL, which httpx raises for the address of a redirect.
 _NEVER_SENT: Final = ("ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError", "UnsupportedProtocol")
 
-_TLS_ERRORS: Final = (ssl.SSLError, ConnectionResetError)  # by version of Python, for a dropped handshake
+_CLOSED: Final = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionResetError)  # by version of Python
 
 
 @lru_cache(maxsize=512)  # saves 8 % of the CPU time of a refund; there are two URLs and few lengths
@@ -241,15 +241,19 @@ def describe(error: BaseException, url: str, connect_seconds: float, library: An
     # Other exceptions in the chain show internals of httpcore, anyio and trio, such as "pop from an empty deque".
     kinds = (library.TransportError, OSError) if is_transport else BaseException
     cause = next((str(each) for each in causes if isinstance(each, kinds) and str(each)), "")
-    is_tls = url.startswith("https:") and any(isinstance(each, _TLS_ERRORS) for each in causes)
+    is_tls = url.startswith("https:") and any(isinstance(each, (ssl.SSLError, *_CLOSED)) for each in causes)
     host = url.partition("://")[2].partition("/")[0].rpartition("@")[2]  # a notify_url may contain a password
     if isinstance(error, library.ConnectTimeout):
         cause = f"no connection to {host} within {connect_seconds:g} s"
     elif is_tls and isinstance(error, library.ConnectError):
-        cause = f"the TLS handshake with {host} failed: {cause or 'the connection was closed'}"
+        if any(isinstance(each, _CLOSED) for each in causes):
+            cause = "the connection was closed or reset"
+        cause = f"the TLS handshake with {host} failed: {cause}"
     elif is_transport and not cause:
         is_timeout = isinstance(error, library.TimeoutException)
         cause = f"no answer from {host} in time" if is_timeout else f"the connection to {host} was lost"
+    if "_ALERT_" in cause:
+        cause += f"; {host} may require a client certificate"
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     return f"{type(error).__name__}: {cause}".rstrip(": ") + notes
 
