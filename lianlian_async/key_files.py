@@ -25,17 +25,33 @@ _FILE_SUFFIX: Final = re.compile(r"[^\n]*\.[A-Za-z0-9]{1,8}")
 PRIVATE_KEY_GIVEN: Final = "this is a private key; use LianLian's public key here"
 
 _ONLY_RSA: Final = "LianLian uses RSA only (a new key pair: openssl genrsa -out merchant.pem 2048)"
-_KEYSTORE: Final = "export a key in a keystore (.p12, .pfx, .jks) as PEM: openssl pkcs12 -in FILE -nodes, or keytool"
+_FROM_PFX: Final = (
+    "openssl pkcs12 -in FILE -nocerts -nodes -out merchant.pem extracts a private key, "
+    "openssl pkcs12 -in FILE -clcerts -nokeys -out gateway.pem a certificate"
+)
+_FROM_JKS: Final = (
+    f"keytool -importkeystore -srckeystore FILE -destkeystore FILE.p12 -deststoretype PKCS12, then {_FROM_PFX}"
+)
 _OTHER_KINDS: Final = {  # object identifiers in DER (oid-base.com)
-    b"\x2a\x86\x48\x86\xf7\x0d\x01\x07\x02": "a PKCS#7 file: openssl pkcs7 -print_certs -in FILE -out gateway.pem",
-    b"\x2a\x86\x48\x86\xf7\x0d\x01\x07\x01": f"a PKCS#12 file. {_KEYSTORE}",
+    b"\x2a\x86\x48\x86\xf7\x0d\x01\x07\x02": (
+        "a PKCS#7 file: openssl pkcs7 -print_certs -in FILE -out gateway.pem extracts the certificates "
+        "(binary FILE: add -inform DER)"
+    ),
+    b"\x2a\x86\x48\x86\xf7\x0d\x01\x07\x01": f"a PKCS#12 file (.p12, .pfx): {_FROM_PFX}",
     b"\x2a\x86\x48\xce\x3d": f"an elliptic-curve key. {_ONLY_RSA}",
     b"\x2b\x81\x04\x00": f"an elliptic-curve key. {_ONLY_RSA}",
     b"\x06\x03\x2b\x65\x70": f"an Ed25519 key. {_ONLY_RSA}",
 }
-_NOT_DECRYPTED: Final = (
-    "the password is wrong, the key is not an RSA key, or its cipher is not supported "
-    "(openssl pkcs8 -topk8 -v2 aes-256-cbc -in OLD.pem -out NEW.pem encrypts it with AES)"
+_UNSUPPORTED_CIPHER: Final = (
+    "the key is encrypted with a cipher that is not supported; encrypt it with AES: "
+    "openssl pkcs8 -topk8 -v2 aes-256-cbc -in OLD.pem -out NEW.pem "
+    "(OpenSSL 3: add -provider legacy -provider default for RC2, RC4 and DES)"
+)
+# What pycryptodome decrypts: PBES1 with DES or RC2; PBES2 with 3DES, or AES in CBC or GCM mode; PEM with DEK-Info.
+_SUPPORTED: Final = re.compile(
+    rb"\x2a\x86\x48\x86\xf7\x0d\x01\x05[\x03\x06\x0a\x0b]|\x2a\x86\x48\x86\xf7\x0d\x03\x07"
+    rb"|\x60\x86\x48\x01\x65\x03\x04\x01[\x02\x06\x16\x1a\x2a\x2e]"
+    rb"|(?i:DEK-Info: (?:DES-CBC|DES-EDE3-CBC|AES-(?:128|192|256)-CBC|id-aes256-GCM),)"
 )
 # The beginning of an EncryptedPrivateKeyInfo (RFC 5208) with an encryption scheme of PKCS#5 or PKCS#12.
 _ENCRYPTED: Final = re.compile(
@@ -85,7 +101,7 @@ def read_keys(material: KeyMaterial, name: str, *, private: bool) -> list[bytes]
 def _find(content: bytes, *, private: bool) -> list[bytes] | str:
     """Return the keys, or a message that says why there are none."""
     if content.startswith(b"\xfe\xed\xfe\xed"):
-        return f"this is a Java keystore (JKS). {_KEYSTORE}"
+        return f"this is a Java keystore (JKS): {_FROM_JKS}"
     text = _key_text(plain_text(content))
     if not text:
         return "is empty"
@@ -165,7 +181,11 @@ def _read(material: KeyMaterial, name: str) -> bytes:
 
 def diagnose(encoded: bytes, *, private: bool, has_password: bool) -> str:
     """Return a message that says why pycryptodome cannot read ``encoded``, a result of :func:`read_keys`."""
-    locked = _NOT_DECRYPTED if has_password else "the key is encrypted: give its password"
+    locked = "the key is encrypted: give its password"
+    if not _SUPPORTED.search(encoded):
+        locked = _UNSUPPORTED_CIPHER
+    elif has_password:
+        locked = "the password is wrong, or the key is not an RSA key"
     if encoded.startswith(b"-----BEGIN OPENSSH"):
         return f"cannot read this OpenSSH key. {_ONLY_RSA}; convert an RSA key: ssh-keygen -p -m PEM -f FILE"
     if encoded.startswith(b"-----BEGIN"):

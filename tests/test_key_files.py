@@ -23,7 +23,6 @@ PLAIN = serialization.NoEncryption()
 PASSWORD = "correct horse"
 LOCKED = serialization.BestAvailableEncryption(PASSWORD.encode())
 TRADITIONAL = PAIR.oracle.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, LOCKED).decode()
-EXPORT = "export a key in a keystore (.p12, .pfx, .jks) as PEM: openssl pkcs12 -in FILE -nodes, or keytool"
 REENCRYPT = "openssl pkcs8 -topk8 -v2 aes-256-cbc -in OLD.pem -out NEW.pem"
 
 
@@ -189,9 +188,12 @@ FOREIGN = {
     ],
     "an elliptic-curve key. ": [*halves(EC), certificate(EC).public_bytes(Encoding.DER)],
     "an Ed25519 key. LianLian uses RSA only": [*both(ED), *halves(ED)],
-    f"a PKCS#12 file. {EXPORT}": [pfx(), b"\x30\x80" + pfx()[4:]],  # DER and BER
+    "a PKCS#12 file (.p12, .pfx): openssl pkcs12 -in FILE -nocerts -nodes -out merchant.pem": [
+        pfx(),
+        b"\x30\x80" + pfx()[4:],
+    ],  # DER and BER
     "a PKCS#7 file: openssl pkcs7 -print_certs": [p7b(Encoding.PEM), p7b(Encoding.DER)],
-    f"a Java keystore (JKS). {EXPORT}": [b"\xfe\xed\xfe\xed\0\0\0\2"],
+    "a Java keystore (JKS): keytool -importkeystore": [b"\xfe\xed\xfe\xed\0\0\0\2"],
 }
 
 
@@ -232,10 +234,11 @@ def pbes2(cipher):
         TRADITIONAL.replace("AES-256-CBC", "CAMELLIA-256-CBC"),
     ],
 )
-def test_unsupported_cipher(key):
+@pytest.mark.parametrize("password", [None, PASSWORD])
+def test_unsupported_cipher_is_not_called_a_wrong_password(key, password):
     """The message has the command that encrypts the key with AES."""
-    assert "the key is encrypted: give its password" in reason(key)
-    assert REENCRYPT in reason(key, PASSWORD)
+    with pytest.raises(ConfigurationError, match=f"encrypted with a cipher that is not supported; .*{REENCRYPT}"):
+        SigningKey.load(key, password)
 
 
 @pytest.mark.parametrize("password", [None, PASSWORD])
@@ -249,7 +252,7 @@ def test_supported_cipher_needs_the_right_password(password):
 def test_encrypted_key_of_another_kind():
     """If the encrypted key may be of another kind, the message does not claim that the password is wrong."""
     key = ED.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, LOCKED)
-    assert "the password is wrong, the key is not an RSA key" in reason(key, PASSWORD)
+    assert "the password is wrong, or the key is not an RSA key" in reason(key, PASSWORD)
     assert "give its password" in reason(key)
 
 
@@ -311,7 +314,7 @@ def test_keys_that_openssl_encrypts(tmp_path, options, supported):
 
     openssl("pkcs8", "-topk8", *options, "-passout", secret, "-out", old, text=PAIR.private_pem)
     if not supported:
-        assert "its cipher is not supported" in reason(old.read_text(), PASSWORD)
+        assert "encrypted with a cipher that is not supported" in reason(old.read_text(), PASSWORD)
         openssl(
             *REENCRYPT.replace("OLD.pem", str(old)).replace("NEW.pem", str(new)).split()[1:],
             "-passin",
@@ -321,3 +324,17 @@ def test_keys_that_openssl_encrypts(tmp_path, options, supported):
         )
         old = new
     assert SigningKey.load(old, PASSWORD).fingerprint == PAIR.private.fingerprint
+
+
+@needs_openssl
+@pytest.mark.parametrize(("encoding", "options"), [(Encoding.PEM, ""), (Encoding.DER, "-inform DER")])
+def test_the_command_for_a_pkcs7_file_extracts_its_certificate(tmp_path, encoding, options):
+    """The error has a command for PEM, and the option that the command needs for a binary file."""
+    old, new = tmp_path / "old.p7b", tmp_path / "gateway.pem"
+    old.write_bytes(p7b(encoding))
+    advice = reason(p7b(encoding), load=VerifyingKey.load)
+    command = advice[advice.index("openssl pkcs7") : advice.index(" extracts")]
+    assert options in advice
+    words = command.replace("FILE", str(old)).replace("gateway.pem", str(new)).split()
+    subprocess.run([*words, *options.split()], check=True, capture_output=True)
+    assert VerifyingKey.load(new).fingerprint == PAIR.private.fingerprint
