@@ -189,8 +189,9 @@ class Merchant:
             document = tomllib.loads(plain_text(file.read_bytes(), errors="strict"))
         except OSError as error:
             raise ConfigurationError(f"{file}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ConfigurationError(f"{file}: is not UTF-8; save the file as UTF-8") from None
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            raise ConfigurationError(f"{file}: is not UTF-8 (at line {line}); save the file as UTF-8") from None
         except (ValueError, RecursionError) as error:
             place = re.search(r" \(at [a-z0-9, ]+\)$", str(error))  # the rest may quote the file, and with it a secret
             raise ConfigurationError(

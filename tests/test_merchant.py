@@ -573,7 +573,7 @@ def not_toml(place):
         (b'hunter2 = "x', not_toml(" (at …)")),
         (b'\nprivate_key = "C:\\keys\\hunter2.pem"', not_toml(" (at …)")),
         (b'oid_partner = "1"\noid_partner = "2"', not_toml(" (at …)")),
-        (b'notify_url = "\xff"', "is not UTF-8; save the file as UTF-8"),
+        (b'\nnotify_url = "\xff"', "is not UTF-8 (at line 2); save the file as UTF-8"),
     ],
 )
 def test_damaged_toml_file_is_named_and_not_quoted(content, words, tmp_path):
