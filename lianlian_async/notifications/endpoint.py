@@ -317,8 +317,10 @@ class NotificationEndpoint:
 
     def _check_inbox(self, *, may_have_ended: bool = False) -> None:
         # Without a worker, no notification may be acknowledged.
-        if self._is_inbox and (self._worker is None or (self._worker.has_ended and not may_have_ended)):
+        if self._is_inbox and self._worker is None:
             raise RuntimeError(f"the inbox is not open: {_HOW_TO_OPEN}")
+        if self._worker is not None and self._worker.has_ended and not may_have_ended:
+            raise RuntimeError("the inbox's worker has ended: open the NotificationEndpoint again")
 
     async def _act(self, refund: Refund) -> None:
         began, succeeded = self._listeners.timer(), False
