@@ -177,10 +177,14 @@ def test_other_key_is_named(env, stranger_keys):
     [
         ("", "the message has no signature"),
         ("no base64!", "sign is not base64"),
+        (
+            b64encode(bytes(256)).decode(),
+            "another key signed it: the signature has 2048 bits, and no known key has that size",
+        ),
     ],
 )
 def test_malformed_signature_is_named(env, sign, reason):
-    """A missing and an unreadable signature have different causes."""
+    """A missing, an unreadable and a too long signature have different causes."""
     ended = verify(env, {**ANSWER, "sign": sign})
     assert ended.exit_code == 5
     assert reason in ended.stdout

@@ -64,11 +64,13 @@ def _cause(fields: Fields, keys: Sequence[_Key], trusted: Sequence[_Key]) -> str
         return "the message has no signature"
     repaired = "".join(sign.splitlines()).replace(" ", "+")
     try:
-        b64decode(repaired, validate=True)
+        bits = 8 * len(b64decode(repaired, validate=True))
     except ValueError:
         return "sign is not base64"
     recovered = ((one, one.key.signed_digest(repaired)) for one in keys)
     signer, (hash_name, digest) = next(((one, signed) for one, signed in recovered if signed), (None, ("", b"")))
+    if signer is None and bits not in {one.key.bits for one in keys}:
+        return f"another key signed it: the signature has {bits} bits, and no known key has that size"
     if signer is None:
         return "another key or signature method was used, or sign was changed"
     unsigned = {name: text for name, text in fields.items() if name != "sign"}
