@@ -256,6 +256,10 @@ class RefundStatus(StrEnum):
         return RefundStatus, (self.value,)  # early releases of Python 3.11 look up an unknown status by its name
 
 
+def _read_only(fields: Mapping[str, str]) -> Mapping[str, str]:
+    return MappingProxyType(dict(fields))
+
+
 @attrs.frozen(kw_only=True)
 class RefundRecord:
     """A refund's record, from a verified answer or notification, or from an unsigned source (``evidence``).
@@ -285,9 +289,9 @@ class RefundRecord:
     settle_date: date | None = None
     """The settlement date of a refund that has succeeded."""
     trader_refund: str | None = attrs.field(default=None, repr=False, eq=False)
-    extra: Mapping[str, str] = attrs.field(factory=dict, repr=False, eq=False)
+    extra: Mapping[str, str] = attrs.field(factory=dict, converter=_read_only, repr=False, eq=False)
     """Unknown fields, and known fields whose text does not have the documented form."""
-    raw: Mapping[str, str] = attrs.field(factory=dict, repr=False, eq=False)
+    raw: Mapping[str, str] = attrs.field(factory=dict, converter=_read_only, repr=False, eq=False)
     """The mapping as received, including the signature."""
     last_exchange: LastExchange | None = attrs.field(default=None, repr=False, eq=False)
     """The HTTP exchange of the answer, for support tickets; None for a refund from a journal or a notification."""
@@ -323,7 +327,7 @@ class RefundRecord:
         if missing and issubclass(cls, Refund):
             raise InvalidRequest(Problem(name, "is required", "nothing") for name in sorted(missing))
         kind = RefundRecord if missing else Refund
-        return cast("Self", kind(**values, extra=extra, raw=dict(data), last_exchange=last_exchange))
+        return cast("Self", kind(**values, extra=extra, raw=data, last_exchange=last_exchange))
 
     def completed(self, asked: Mapping[str, str]) -> "RefundRecord":
         """Return this record with the missing fields from ``asked``, as :meth:`from_dict` does."""
@@ -354,6 +358,10 @@ class RefundRecord:
         if self.no_refund is not None:
             del known["oid_refundno"]
         return RefundQuery.from_record(known)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # MappingProxyType cannot be pickled: pickle its content.
+        return partial(type(self), **_values(self) | {"extra": dict(self.extra), "raw": dict(self.raw)}), ()
 
 
 @attrs.frozen(kw_only=True)

@@ -5,6 +5,7 @@ import pickle
 import unicodedata
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
+from types import MappingProxyType
 
 import attrs
 import pytest
@@ -592,13 +593,16 @@ def test_a_value_of_a_record_that_is_not_a_string_is_refused(read, name, value):
     assert read(SAMPLE | {name: None}, SAMPLE) == read(SAMPLE | {name: ""}, SAMPLE)
 
 
-def test_the_received_mapping_is_a_copy():
-    """A change of the received mapping, or of the result of to_dict, does not change the refund."""
+def test_the_received_mapping_is_read_only_and_a_copy():
+    """Neither the refund's mappings nor the received one can be changed through the refund."""
     data = dict(SAMPLE, memo="x")
     refund = Refund.from_dict(data)
     data.clear()
     refund.to_dict().clear()
     assert refund.raw["no_refund"] == SAMPLE["no_refund"]
+    for twin in (refund, pickle.loads(pickle.dumps(refund)), RefundRecord(raw={"a": "b"}, extra={"a": "b"})):
+        assert isinstance(twin.raw, MappingProxyType)
+        assert isinstance(twin.extra, MappingProxyType)
 
 
 def test_two_records_of_one_refund_are_equal_whatever_their_signature():
