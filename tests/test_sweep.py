@@ -12,6 +12,7 @@ from lianlian_async import ConfigurationError, NotificationEndpoint, RefundSessi
 from lianlian_async.journal import MemoryJournal, State
 from lianlian_async.recovery import Resumed
 from lianlian_async.sandbox import Fault, When
+from tests.support.interruptions import Abort
 from tests.support.notices import HEADERS, fails, is_acknowledged, notification, until
 from tests.support.parties import as_json, boot_clock, made, refund_request, sandbox
 
@@ -205,6 +206,24 @@ async def test_the_sweep_of_an_inbox_needs_the_inboxs_worker(journal, handler):
             await endpoint.sweep()
         async with endpoint:
             assert await endpoint.sweep() == Resumed(resolved=0, still_open=0)
+
+
+async def test_a_sweep_says_that_the_inboxs_worker_has_ended(journal, handler):
+    """It resolves the open refunds, then raises: until the next opening, nobody calls the handler."""
+    gateway = sandbox(settle_after=60)
+
+    async def aborts():
+        raise Abort("the end")
+
+    handler.then = [aborts]
+    async with shop(gateway, journal, handler, inbox=True) as (session, endpoint):
+        await session.apply_refund(refund_request(1))
+        await anyio.sleep(100)
+        assert is_acknowledged(await endpoint.handle(notification(2), HEADERS))
+        await until(lambda: handler.begun, look_every=1)
+        with pytest.raises(RuntimeError, match="the inbox is not open"):
+            await endpoint.sweep()
+        assert await states(journal, 1) == [State.FINAL]
 
 
 async def test_an_incomplete_notification_waits_for_no_connection(handler):

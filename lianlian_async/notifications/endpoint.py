@@ -292,7 +292,8 @@ class NotificationEndpoint:
         became final without a notification, and again for refunds whose handler call failed.
 
         Returns the result of ``resume``; :attr:`counts` has the results of the handler calls. ``concurrency``: see
-        ``resume``. Raises ``ConfigurationError`` as :meth:`check_sweep`, and ``JournalError`` if the journal fails.
+        ``resume``. Raises ``ConfigurationError`` as :meth:`check_sweep`, ``JournalError`` if the journal fails, and
+        ``RuntimeError`` if the inbox has no worker.
         """
         journal, session = self.check_sweep()
         self._check_inbox(may_have_ended=True)
@@ -300,8 +301,9 @@ class NotificationEndpoint:
         await journal.begin_acting()  # again: a failover of the database may have lost the first one
         resumed = await session.resume(concurrency=concurrency)
         await inbox.keep_final()
-        if not self._is_inbox:  # in inbox mode, the inbox's worker calls the handler
+        if not self._is_inbox:
             await inbox.catch_up()
+        self._check_inbox()  # its worker calls the handler
         return resumed
 
     def check_sweep(self) -> tuple[Journal, RefundSession]:
