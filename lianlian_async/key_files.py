@@ -86,8 +86,8 @@ def is_key_text(text: str) -> bool:
 def read_keys(material: KeyMaterial, name: str, *, private: bool) -> list[bytes]:
     """Return the private keys in ``material``; if it contains none, return every key.
 
-    Each key is DER, or PEM if DER cannot express it (encrypted PEM, OpenSSH). With ``private`` False, a private key in
-    PEM is an error. Raises :class:`ConfigurationError`, whose message calls the key ``name``.
+    Each key is DER, or PEM if DER cannot express it (PEM with encryption headers, OpenSSH). With ``private`` False, a
+    private key in PEM is an error. Raises :class:`ConfigurationError`, whose message calls the key ``name``.
     """
     content = _read(material, name)
     if content.startswith(b"\x30"):
@@ -174,7 +174,7 @@ def _read(material: KeyMaterial, name: str) -> bytes:
     except (ValueError, RuntimeError):  # an invalid character, or ~name for an unknown user
         reason = "not a usable path"
     if re.search(r"[\t\n\r\b\f]", str(path)):
-        reason = "it contains a control character: write a path with backslashes in single quotes"
+        reason = "it contains a control character, perhaps from a backslash: write / instead of it, or two"
     # Raised outside the except clause, because the OSError would be its context and quotes the path, maybe key text.
     raise ConfigurationError(f"{name}: {shown} is not a PEM, DER or base64 key, and not a readable file ({reason})")
 
@@ -207,5 +207,5 @@ def _announced_length(der: bytes) -> int:
         return 2
     if der[1] < 0x80:
         return 2 + der[1]
-    width = min(der[1] & 0x7F, 4)  # larger in damaged keys: the length in a message would show key bytes
+    width = min(der[1] & 0x7F, 4)  # a damaged key may announce more: a message would show its bytes
     return 2 + width + int.from_bytes(der[2 : 2 + width])

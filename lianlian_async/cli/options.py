@@ -43,7 +43,7 @@ def is_dsn(place: str) -> bool:
 
 
 def place_name(place: str) -> str:
-    """Return ``place`` for display. A DSN is not shown, because it may contain a password."""
+    """Return ``place`` for display. A PostgreSQL URL is not shown, because it may contain a password."""
     return "in PostgreSQL" if is_dsn(place) else place
 
 
@@ -102,7 +102,9 @@ json_option = click.option("--json", is_flag=True, expose_value=False, help="Pri
 file_argument: Final = click.argument("file", type=click.File("rb"))
 """The argument FILE: ``-`` is stdin."""
 config_option = click.option(
-    "--config", type=existing_file, help="TOML file with the merchant; by default the LIANLIAN_ environment variables."
+    "--config",
+    type=existing_file,
+    help="TOML file with the merchant's number, keys and URLs; by default the LIANLIAN_ environment variables.",
 )
 deadline_option = click.option(
     "--deadline",
@@ -203,7 +205,7 @@ def make_session(
 
 
 def read_message(file: BinaryIO) -> dict[str, str]:
-    """Read the fields of a JSON message; raises a usage error."""
+    """Return the fields of a JSON message. Raises a usage error if the file does not contain one."""
     try:
         # Read one byte more than allowed, to detect a message that is too long.
         return wire.decode(file.read(wire.MAX_MESSAGE_BYTES + 1).removeprefix(b"\xef\xbb\xbf"))

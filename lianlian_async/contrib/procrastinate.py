@@ -91,9 +91,10 @@ _FAILURES: Final = """
 SELECT args->'refunds'->0->>'no_refund' AS no_refund, args->>'cause' AS cause FROM procrastinate_jobs
 WHERE queue_name = %(queue)s AND task_name = %(task)s AND status = 'failed' ORDER BY id LIMIT %(limit)s
 """
-# Only the periodic job has a queueing lock. It is not queued again: its successor may already be queued with that lock.
-# A worker of another program fails our jobs, because it lacks their task. Our own failed jobs have no attempts.
-# If the database's clock was ahead, a dead worker's heartbeat or a job's time may be far in the future.
+# Queue the jobs of dead workers again. Only the periodic job has a queueing lock: its successor may already be queued
+# with that lock, so it fails instead. A worker of another program fails our jobs, because it lacks their task, and
+# counts that as an attempt; a job that we insert as failed has no attempt. If the database's clock was ahead, a dead
+# worker's heartbeat or a job's time may be far in the future.
 _RESCUE: Final = """
 UPDATE procrastinate_jobs AS job
 SET status = CASE WHEN queueing_lock IS NULL AND NOT abort_requested THEN 'todo' ELSE 'failed'
@@ -202,9 +203,9 @@ class RefundQueue:
     ) -> int:
         """Insert refunds into the queue in bulk, and return their number.
 
-        Safe to repeat: the journal makes one refund for each ``no_refund``. With ``connection`` (psycopg), all
-        refunds are inserted in its open transaction, in a savepoint. Raises ``ConfigurationError`` if ``connection``
-        has no open transaction, or leads to another database than the queue's.
+        Safe to repeat: the journal prevents a second refund with the same ``no_refund``. With ``connection`` (psycopg),
+        all refunds are inserted in its open transaction, in a savepoint. Raises ``ConfigurationError`` if
+        ``connection`` has no open transaction, or leads to another database than the queue's.
         """
         if connection is not None:
             await self._check(connection)
@@ -262,7 +263,7 @@ class RefundQueue:
     async def failures(self, limit: int = 20) -> Sequence[Mapping[str, str | None]]:
         """Return the oldest refunds about which a person has to decide, with ``no_refund`` and ``cause``.
 
-        ``no_refund`` is None if it cannot be read. After ``journal decide``, workers delete jobs with the same fields.
+        ``no_refund`` is None if it cannot be read. After ``lianlian journal decide``, a worker deletes that job.
         """
         return await self.app.connector.execute_query_all_async(_FAILURES, **self._names, limit=limit)
 
@@ -375,7 +376,7 @@ class RefundQueue:
             refunds = [row["refund"] for row in found[start : start + self._slice_size]]
             if lost := [refund for refund in refunds if await _is_open(session, refund)]:
                 await self._put([follow_up(lost, tries=1)])
-                logger.warning("%d open refunds are queued again: no job contained them", len(lost))
+                logger.warning("%d open refunds are queued again: no started or follow-up job contains them", len(lost))
 
 
 async def _chunks(items: AsyncIterable[T], size: int) -> AsyncGenerator[list[T]]:
@@ -390,7 +391,7 @@ async def _chunks(items: AsyncIterable[T], size: int) -> AsyncGenerator[list[T]]
 
 
 async def _is_open(session: RefundSession, refund: Mapping[str, str]) -> bool:
-    """Return whether a refund is unresolved, and its latest possible send is past, so no call holds its lease."""
+    """Return whether a refund is unresolved and no call may still send it; one that queries it may have its lease."""
     entry = await cast("PostgresJournal", session.journal).find(refund["no_refund"])
     if entry is None or entry.ending is not None or entry.sent_at is None:
         return False

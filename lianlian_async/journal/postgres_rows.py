@@ -66,7 +66,7 @@ ROLLBACK: Final = "ROLLBACK"
 # Run first in every transaction that writes refunds: behind a pooler, each transaction may use a different connection,
 # so session settings do not last. Commits must be durable, and a worker that dies in a transaction must not lock its
 # rows for long. Times are JSON, with a fixed UTC offset: psycopg reads a timestamptz only in the DateStyle ISO, and
-# returns it in the session's time zone, where Python computes differences without daylight saving.
+# returns it in the session's time zone; Python's difference of two such times ignores daylight saving time.
 READ_CLOCK: Final = """
 SELECT
     set_config('synchronous_commit', CASE WHEN current_setting('synchronous_commit') IN ('off', 'local')

@@ -76,7 +76,7 @@ class Notifier:
     Delays follow the gateway's clock, so :meth:`SandboxGateway.advance` also shortens the wait for a delivery.
 
     Args:
-        gateway: The gateway.
+        gateway: The sandbox gateway whose refunds are notified.
         transport: An httpx or httpx2 transport for the deliveries; default: the network.
         every: Seconds between two deliveries.
         times: Maximum number of deliveries of one notification.

@@ -48,7 +48,8 @@ def trusting_context() -> ssl.SSLContext:
         source = f"{name}={path}" if name else "certifi's CA bundle"
         cure = "reinstall the package certifi"
         if name:
-            cure = f"set {name} to a PEM file (or directory) of CA certificates, or unset it"
+            kind = "PEM file" if name == "SSL_CERT_FILE" else "directory"
+            cure = f"set {name} to a {kind} of CA certificates, or unset it"
         reason = error.strerror or str(error)
         raise ConfigurationError(f"{source}: cannot read CA certificates ({reason}): {cure}") from error
 

@@ -23,14 +23,15 @@ AsyncClient: TypeAlias = "httpx.AsyncClient | httpx2.AsyncClient"
 AsyncBaseTransport: TypeAlias = "httpx.AsyncBaseTransport | httpx2.AsyncBaseTransport"
 HttpBackend: TypeAlias = Literal["httpx", "aiohttp"]
 
-_OLDEST_AIOHTTP: Final = (3, 14)  # releases before 3.13.4 do not limit the number of response headers
+# aiohttp limits the number of response headers from 3.13.4 on.
+_OLDEST_AIOHTTP: Final = (3, 14)
 
 
 def http_backend(wanted: str | None = None) -> HttpBackend:
     """Return the HTTP backend: ``wanted``, or else ``LIANLIAN_HTTP_BACKEND``, or else ``httpx``.
 
     aiohttp is never selected just because it is installed: httpx mocks and tracing would not see its requests.
-    ``aiohttp`` (extra ``fast``) uses a fraction of the CPU time. On trio, and behind a proxy, httpx is used instead.
+    ``aiohttp`` (extra ``fast``) uses a fraction of the CPU time. On trio, and behind a proxy, httpx still sends.
     """
     name = "LIANLIAN_HTTP_BACKEND" if wanted is None else "http_backend"
     match (os.environ.get(name) or "httpx") if wanted is None else wanted:
@@ -58,7 +59,7 @@ def check_http(client: object, transport: object, backend: str | None) -> None:
 
 
 def library_of(given: object, *kinds: str) -> Any:
-    """Return httpx or httpx2 if ``given`` is one of its ``kinds`` (default: client or transport), else None."""
+    """Return the library, httpx or httpx2, if ``given`` is an instance of one of its classes ``kinds``, else None."""
     for library in (httpx, sys.modules.get("httpx2")):  # an object of httpx2 exists only if it is imported
         for kind in kinds or ("AsyncClient", "AsyncBaseTransport"):
             if library is not None and isinstance(given, getattr(library, kind)):
