@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -325,6 +326,8 @@ class PostgresStore:
             case "failover":
                 for row, left in self.database.fail_over(event.amount):
                     self._lose(_entry(row), left)
+                if self.oracle.gateway.is_blind and not any(each.state.is_made for each in self.entries().values()):
+                    self.oracle.canary_since = math.inf  # the failover lost every canary
 
     def check_lease(self, no_refund: str, loop: NodeLoop) -> None:
         """Check that the node which sends an apply call has the refund's lease in the database."""
