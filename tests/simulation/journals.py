@@ -293,6 +293,8 @@ class PostgresStore:
     """The end of each lease by refund and holder."""
     lost_leases: set[tuple[str, str]] = attrs.field(factory=set)
     """The leases that a failover lost."""
+    lost: dict[str, str] = attrs.field(factory=dict)
+    """The ``dt_refund`` of each refund that a failover lost, or set back to one that was not sent."""
 
     def __attrs_post_init__(self) -> None:
         dice = random.Random(self.world.random.random())
@@ -317,7 +319,10 @@ class PostgresStore:
         self.database.trouble = self.world.random.choice(["refuses", "hangs", "slow"])
 
     def happen(self, event: Event) -> None:
-        """Restart the database, fail it over, or set its clock."""
+        """Restart the database, fail it over, or set its clock.
+
+        If its clock is behind the ``dt_refund`` of a lost refund, see the limits of PostgresJournal.
+        """
         match event.kind:
             case "database_restart":
                 self.database.restart()
@@ -328,6 +333,11 @@ class PostgresStore:
                     self._lose(_entry(row), left)
                 if self.oracle.gateway.is_blind and not any(each.state.is_made for each in self.entries().values()):
                     self.oracle.canary_since = math.inf  # the failover lost every canary
+        now = format_timestamp(self.database.clock())
+        sent = {number for number, entry in self.entries().items() if entry.sent_at is not None}
+        self.oracle.beyond_bounds.update(
+            number for number, dt_refund in self.lost.items() if dt_refund >= now and number not in sent
+        )
 
     def check_lease(self, no_refund: str, loop: NodeLoop) -> None:
         """Check that the node which sends an apply call has the refund's lease in the database."""
@@ -355,12 +365,10 @@ class PostgresStore:
         if entry.leased_until is None:
             return
         self.lost_leases.add((number, _call(entry)))
-        is_new_again = left is None or left["sent_at"] is None
-        booked = self.oracle.gateway.books.get(number, ())
-        is_newer = entry.fields.get("dt_refund", "") >= format_timestamp(self.database.clock())
-        if is_new_again and (is_newer or not booked):
-            # Its request is still on its way, or the replica's clock is behind: see the limits of PostgresJournal.
-            self.oracle.beyond_bounds.add(number)
+        if left is None or left["sent_at"] is None:
+            self.lost[number] = entry.fields.get("dt_refund", "")
+            if not self.oracle.gateway.books.get(number):
+                self.oracle.beyond_bounds.add(number)  # its request is still on its way: see PostgresJournal
 
 
 CLOCKS_DIFFER = 1.0

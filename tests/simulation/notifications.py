@@ -240,6 +240,6 @@ class Service:
             except JournalError as error:
                 self._node.reopen(error)
             except RuntimeError as error:
-                if "the inbox is not open" not in str(error):
+                if "open the NotificationEndpoint again" not in str(error):
                     raise
                 self._restart()
