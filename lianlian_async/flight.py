@@ -71,6 +71,9 @@ class Flights:
     _open_refunds: OpenRefunds
     _flights: dict[str, Flight] = attrs.field(factory=dict, init=False)
 
+    def __attrs_post_init__(self) -> None:
+        self._open_refunds.in_flight = self._flights
+
     async def join(self, order: Order) -> Refund:
         """Return the refund of its flight, which is started if there is none."""
         number, leaves_at = order.request.no_refund, anyio.current_time() + order.seconds

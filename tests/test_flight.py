@@ -501,6 +501,69 @@ async def test_a_wait_that_is_cancelled_makes_no_second_refund():
     assert gateway.times_made("R-1") == 1
 
 
+async def test_a_wait_that_ends_before_another_call_gets_a_slot_makes_no_second_refund():
+    """The other call, which began during the wait, returns the refund of the wait."""
+    gateway = carries_out_everything(settle_after=100, delay=60)
+    gateway.script(Fault.DELAY, call="apply", no_refund="R-2")
+    made = dict[str, Refund]()
+
+    async def wait():
+        made["wait"] = await session.apply_and_wait(refund_request())
+
+    async def apply():
+        made["apply"] = await session.apply_refund(refund_request())
+
+    async with (
+        gateway.session(clock=boot_clock, max_connections=1, deadline=200) as session,
+        anyio.create_task_group() as tasks,
+    ):
+        tasks.start_soon(wait)
+        await anyio.sleep(50)
+        tasks.start_soon(session.apply_refund, refund_request(2))
+        await anyio.sleep(1)
+        tasks.start_soon(apply)
+        await anyio.sleep(1)
+        session.notified(Refund.from_dict({**refund_request().to_dict(), "sta_refund": "2"}))
+        await anyio.sleep(1)
+        assert list(made) == ["wait"]
+    assert gateway.times_made("R-1") == 1
+    assert list(made) == ["wait", "apply"]
+    assert repr(session._open_refunds) == "<OpenRefunds 0 refunds>"
+
+
+@pytest.mark.parametrize("step", range(3))
+async def test_a_call_between_two_callers_of_an_ended_flight_makes_no_second_refund(step):
+    """It begins after one caller was cancelled, and before the other caller got the outcome."""
+    gateway = carries_out_everything()
+
+    async def call(scope):
+        with scope:
+            await session.apply_refund(refund_request())
+            scopes.clear()
+
+    async def cancel():
+        for _ in range(step):
+            await anyio.lowlevel.checkpoint()
+        cancelled.cancel()
+        await anyio.lowlevel.checkpoint()
+        if scopes:  # no call got the outcome yet
+            await session.apply_refund(refund_request())
+
+    def at_the_answer(event):
+        if isinstance(event, AttemptEnded):
+            tasks.start_soon(cancel)
+
+    async with (
+        gateway.session(clock=boot_clock, listeners=[at_the_answer]) as session,
+        anyio.create_task_group() as tasks,
+    ):
+        cancelled = anyio.CancelScope()
+        scopes = [cancelled, anyio.CancelScope()]
+        for scope in tuple(scopes):
+            tasks.start_soon(call, scope)
+    assert gateway.times_made("R-1") == 1
+
+
 async def test_a_session_with_too_many_unknown_refunds_begins_no_new_one(monkeypatch):
     """No open refund is dropped: the unknown ones can still be queried and resolved."""
     monkeypatch.setattr(memory, "MOST_OPEN", 2)

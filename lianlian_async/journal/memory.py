@@ -1,7 +1,7 @@
 """Journals in memory, for tests, small jobs, and sessions without a journal."""
 
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Generator, Mapping
+from collections.abc import AsyncIterator, Container, Generator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from threading import Lock
@@ -116,6 +116,8 @@ class OpenRefunds(MemoryJournal):
     def __init__(self) -> None:
         super().__init__()
         self._kept = Counter[str]()
+        self.in_flight: Container[str] = ()
+        """The numbers that have a flight."""
 
     @contextmanager
     def kept(self, no_refund: str) -> Generator[None]:
@@ -150,7 +152,8 @@ class OpenRefunds(MemoryJournal):
         return answer
 
     def forget(self, no_refund: str) -> None:
-        """Drop a refund whose outcome a caller got. An unresolved refund is kept."""
+        """Drop a refund whose outcome a caller got, unless it is unresolved, or its flight is about to read it."""
         entry = self._entries.get(no_refund)
-        if entry is not None and entry.ending is not None and no_refund not in self._kept:
+        is_kept = no_refund in self._kept or no_refund in self.in_flight
+        if entry is not None and entry.ending is not None and not is_kept:
             del self._entries[no_refund]
