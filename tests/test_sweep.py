@@ -221,7 +221,7 @@ async def test_a_sweep_says_that_the_inboxs_worker_has_ended(journal, handler):
         await anyio.sleep(100)
         assert is_acknowledged(await endpoint.handle(notification(2), HEADERS))
         await until(lambda: handler.begun, look_every=1)
-        with pytest.raises(RuntimeError, match="the inbox is not open"):
+        with pytest.raises(RuntimeError, match="open the NotificationEndpoint again"):
             await endpoint.sweep()
         assert await states(journal, 1) == [State.FINAL]
 
