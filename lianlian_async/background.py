@@ -128,7 +128,7 @@ class BackgroundTask:
 
 
 def _cancelled() -> LianLianError:
-    return LianLianError("the task was cancelled from outside, for example by the end of the event loop")
+    return LianLianError("a background task was cancelled from outside, for example by the end of the event loop")
 
 
 async def complete(call: Callable[[], Awaitable[object]]) -> None:

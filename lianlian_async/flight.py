@@ -30,7 +30,7 @@ from .logs import NOBODY
 from .models import Refund, RefundRequest
 from .outcome import Traffic
 from .recording import keep, recorded, recorded_refund, refusal, take
-from .resolution import Case, matching, resolve
+from .resolution import Case, WrongQueryService, matching, resolve
 from .retry import Deadline, RetryPolicy
 
 logger = logging.getLogger("lianlian_async")
@@ -46,7 +46,7 @@ _CANARY_DAYS: Final = 80
 
 
 @attrs.frozen(kw_only=True)
-class Order:
+class RefundCall:
     """The arguments of one call."""
 
     request: RefundRequest
@@ -74,28 +74,28 @@ class Flights:
     def __attrs_post_init__(self) -> None:
         self._open_refunds.in_flight = self._flights
 
-    async def join(self, order: Order) -> Refund:
+    async def join(self, call: RefundCall) -> Refund:
         """Return the refund of its flight, which is started if there is none."""
-        number, leaves_at = order.request.no_refund, anyio.current_time() + order.seconds
+        number, leaves_at = call.request.no_refund, anyio.current_time() + call.seconds
         while (flight := self._flights.get(number)) is not None and (
             not flight.until.leaves_at  # the last caller has left, and so cancelled it
-            or flight.order.journal is not order.journal  # it records nothing in this call's journal
+            or flight.call.journal is not call.journal  # it records nothing in this call's journal
         ):
             with anyio.CancelScope(deadline=leaves_at) as wait:
                 await flight.task.join()
             if wait.cancelled_caught:
-                flight.check_content(order.request)
+                flight.check_content(call.request)
                 raise self._unknown(flight)
             self._forget(number, flight)
         now = anyio.current_time()
         if flight is not None:
-            flight.check_content(order.request)
+            flight.check_content(call.request)
             scope = flight.until.add(leaves_at - now, now)
         else:
             # Added before the task starts, because an eager task runs at once (Python 3.12).
             until = _SharedDeadline(now)
             scope = until.add(leaves_at - now, now)
-            flight = self._flights[number] = Flight(order, until, self._carry_out, self._unknown)
+            flight = self._flights[number] = Flight(call, until, self._carry_out, self._unknown)
         try:
             return await flight.join(scope)
         finally:
@@ -109,22 +109,22 @@ class Flights:
 
     async def _carry_out(self, flight: Flight) -> Refund:
         """Make a refund, or resolve the unknown outcome of an earlier call, and record the outcome."""
-        order, gateway, protocol = flight.order, self._gateway, self._gateway.protocol
-        journal, earlier, number = order.journal, order.earlier, order.request.no_refund
+        call, gateway, protocol = flight.call, self._gateway, self._gateway.protocol
+        journal, earlier, number = call.journal, call.earlier, call.request.no_refund
         async with self._slot(number):
             flight.until.resume(anyio.current_time())
             await journal.bind(protocol.merchant.oid_partner, protocol.merchant.endpoints.apply)
             body = b"" if earlier is None else earlier.body
-            fields = protocol.signed_fields(body) if body else protocol.apply_fields(order.request)
-            if (refund := await recorded(journal, order.request)) is not None:
+            fields = protocol.signed_fields(body) if body else protocol.apply_fields(call.request)
+            if (refund := await recorded(journal, call.request)) is not None:
                 return refund
             has_journal = journal is not self._open_refunds
             intent = Intent(
                 no_refund=number,
-                fields=order.request.to_dict(),
+                fields=call.request.to_dict(),
                 body=body or await gateway.seal(fields),
                 lease=min(2 * flight.until.left(anyio.current_time()), LONGEST_LEASE),
-                grace=order.policy.not_found_grace,
+                grace=call.policy.not_found_grace,
             )
             listeners = gateway.listeners if has_journal else NOBODY
             standing, entry = await take(journal, intent, self._clock, flight.until.at, listeners)
@@ -134,7 +134,7 @@ class Flights:
                 now = self._clock()
                 until = entry.leased_until or now
                 problem = "another call or worker holds the lease on this refund"
-                raise self._not_begun(order, until, max(0.0, until.boot - now.boot), problem, entry.body)
+                raise self._not_begun(call, until, max(0.0, until.boot - now.boot), problem, entry.body)
             case = flight.case = self._open_case(flight, fields, standing, entry)
             if earlier is not None:
                 case.take_over(earlier.moment, earlier.refused)
@@ -144,23 +144,23 @@ class Flights:
 
     def _open_case(self, flight: Flight, fields: Mapping[str, str], standing: Standing, entry: Entry) -> Case:
         """Return the case of a claimed refund, with what its ``entry`` says about earlier calls."""
-        order, has_lease = flight.order, partial(self._is_before, flight.last_send)
-        if entry.leased_until is not None and not isinstance(order.journal, OpenRefunds):
+        call, has_lease = flight.call, partial(self._is_before, flight.last_send)
+        if entry.leased_until is not None and not isinstance(call.journal, OpenRefunds):
             flight.reads_at.at = anyio.current_time() + _READ_AGAIN
             flight.last_send.at = min(flight.last_send.at, entry.leased_until.boot)
-        is_open = partial(self._is_open, order, flight.reads_at)
-        apply = self._gateway.exchange(Call.APPLY, fields, entry.body, flight.until, order.policy)
+        is_open = partial(self._is_open, call, flight.reads_at)
+        apply = self._gateway.exchange(Call.APPLY, fields, entry.body, flight.until, call.policy)
         return Case(
-            request=order.request,
+            request=call.request,
             apply=attrs.evolve(apply, lease_holds=has_lease, is_open=is_open),
-            make_query=partial(self._query_exchange, order, flight.until),
+            make_query=partial(self._query_exchange, call, flight.until),
             clock=self._clock,
             sent_at=entry.sent_at,
             refused=_refused(entry),
-            ask_first=standing is Standing.ASK_FIRST or order.query_first,
-            before_resend=partial(self._before_resend, order.journal, entry, flight.reads_at),
-            canary=partial(self._canary, order, flight.until),
-            traffic=order.traffic,
+            query_first=standing is Standing.QUERY_FIRST or call.query_first,
+            before_resend=partial(self._before_resend, call.journal, entry, flight.reads_at),
+            canary=partial(self._canary, call, flight.until),
+            traffic=call.traffic,
             history=entry.history,
         )
 
@@ -171,11 +171,11 @@ class Flights:
         reads_at.at = anyio.current_time() + _READ_AGAIN
         return body
 
-    async def _is_open(self, order: Order, reads_at: Deadline) -> bool:
+    async def _is_open(self, call: RefundCall, reads_at: Deadline) -> bool:
         """Return whether the journal has no outcome of the refund: during a wait, a notification may have arrived."""
         if anyio.current_time() < reads_at.at:
             return True
-        entry = await order.journal.find(order.request.no_refund)
+        entry = await call.journal.find(call.request.no_refund)
         return entry is None or entry.ending is None
 
     def _unknown(self, flight: Flight) -> RefundOutcomeUnknown:
@@ -186,16 +186,16 @@ class Flights:
             flight.last_send.at = min(flight.last_send.at, now.boot + left)
         if flight.case is not None:
             return flight.case.unknown(left)
-        wait, problem = left + flight.order.policy.not_found_grace, "the call ended before the gateway answered"
-        return self._not_begun(flight.order, now.after(left), wait, problem)
+        wait, problem = left + flight.call.policy.not_found_grace, "the call ended before the gateway answered"
+        return self._not_begun(flight.call, now.after(left), wait, problem)
 
     def _not_begun(
-        self, order: Order, moment: Moment, wait: float, problem: str, body: bytes = b""
+        self, call: RefundCall, moment: Moment, wait: float, problem: str, body: bytes = b""
     ) -> RefundOutcomeUnknown:
         """Return the unknown outcome of a flight without a case: it did not get the refund's lease."""
         merchant = self._gateway.protocol.merchant
         return RefundOutcomeUnknown(
-            request=order.request,
+            request=call.request,
             oid_partner=merchant.oid_partner,
             apply_url=merchant.endpoints.apply,
             body=body,
@@ -207,17 +207,17 @@ class Flights:
     def _is_before(self, end: Deadline) -> bool:
         return self._clock().boot < end.at
 
-    async def _query_exchange(self, order: Order, until: Deadline) -> Exchange:
-        policy = attrs.evolve(order.policy, attempts=1_000_000)  # limited by the deadline and the budget
-        return await self._gateway.query_exchange(order.request.query(), until, policy)
+    async def _query_exchange(self, call: RefundCall, until: Deadline) -> Exchange:
+        policy = attrs.evolve(call.policy, attempts=1_000_000)  # limited by the deadline and the budget
+        return await self._gateway.query_exchange(call.request.query(), until, policy)
 
-    async def _canary(self, order: Order, until: Deadline) -> LianLianError | bool:
+    async def _canary(self, call: RefundCall, until: Deadline) -> bool:
         """Query a refund that was made; for the result see :attr:`Case.canary`."""
-        entry = choose_canary(await order.journal.canaries(), self._clock().wall, order.policy.not_found_grace)
+        entry = choose_canary(await call.journal.canaries(), self._clock().wall, call.policy.not_found_grace)
         if entry is None:
             return False
         known = RefundRequest.from_record(entry.fields)
-        reply = await self._gateway.send(await self._gateway.query_exchange(known.query(), until, order.policy))
+        reply = await self._gateway.send(await self._gateway.query_exchange(known.query(), until, call.policy))
         if isinstance(reply.error, QueryRejected) and reply.error.ret_code == "3005":
             return False
         wrong = reply.error
@@ -226,14 +226,16 @@ class Flights:
                 matching(known, reply.refund)
             except LianLianError as error:
                 wrong = error
-        return wrong is None or LianLianError(
-            "the query service proves nothing, check the query URL: "  # the reason ends here: it names no refund
-            f"it did not return refund {entry.no_refund}, which was made ({wrong})"
-        )
+        if wrong is not None:
+            raise WrongQueryService(
+                "the query service proves nothing, check the query URL: "  # the reason ends here: it names no refund
+                f"it did not return refund {entry.no_refund}, which was made ({wrong})"
+            )
+        return True
 
 
 def choose_canary(canaries: Sequence[Entry], now: datetime, grace: float) -> Entry | None:
-    """Return the canary: the refund to query in order to check the query service, or None if none is suitable.
+    """Return the canary: the refund to query in call to check the query service, or None if none is suitable.
 
     It is the newest of ``canaries`` (see :meth:`.journal.Journal.canaries`) that was sent at least ``grace`` seconds
     ago, because LianLian may show newer ones late. If all are newer, it is the oldest one.
@@ -287,7 +289,7 @@ class _SharedDeadline(Deadline):
 class Flight:
     """A background task that makes one refund."""
 
-    order: Order
+    call: RefundCall
     until: _SharedDeadline
     _carry_out: Callable[[Flight], Awaitable[Refund]]
     _unknown: Callable[[Flight], RefundOutcomeUnknown]
@@ -308,7 +310,7 @@ class Flight:
 
     def check_content(self, request: RefundRequest) -> None:
         """Raise ``RefundConflict`` if ``request`` differs from this flight's request in more than ``notify_url``."""
-        check_request(request.no_refund, request.to_dict(), self.order.request.to_dict())
+        check_request(request.no_refund, request.to_dict(), self.call.request.to_dict())
 
     async def join(self, scope: anyio.CancelScope) -> Refund:
         """Wait until the flight ends, or until the caller's deadline. Each caller gets an exception of its own."""
@@ -317,7 +319,7 @@ class Flight:
                 await self.task.join()
         except anyio.get_cancelled_exc_class():
             if self.case is not None:
-                number = self.order.request.no_refund
+                number = self.call.request.no_refund
                 logger.warning("refund %s: cancelled, but it may have been made; query before sending it again", number)
             raise
         finally:

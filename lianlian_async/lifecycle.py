@@ -9,7 +9,7 @@ import anyio.lowlevel
 
 
 class Lifecycle:
-    """The state of a ``RefundSession``, and its running calls, of which at most ``slots`` have a slot at a time.
+    """The state of a ``RefundSession``, and its running calls; at most ``slots`` of them have a connection slot.
 
     Use before opening, after closing, or from another event loop is a bug in the program: it raises ``RuntimeError``.
     """

@@ -71,5 +71,5 @@ def _reason(error: errors.LianLianError) -> str:
             if _TIMED_OUT.match(error.last_error):
                 return "no answer in time"
             kind = error.last_error.partition(":")[0]
-            return f"connection lost ({kind})" if kind.isidentifier() else kind
+            return f"network error ({kind})" if kind.isidentifier() else kind
     return str(error).partition(":")[0]

@@ -25,7 +25,7 @@ from .outcome import Traffic, unknown_reason
 from .retry import LONGEST_RETRY_AFTER
 
 _SHOWN_SOON: Final = timedelta(seconds=60)
-"""For this time after the last send, "no such record" is queried again in the same call."""
+"""A call whose first query starts within this time after the last send continues to query after "no such record"."""
 
 _LONGEST_WAIT: Final = 90 * 86_400.0
 """Seconds: the longest time until ``ask_again_at``. After 3 months the gateway rejects a query (3005)."""
@@ -35,18 +35,18 @@ class Step(Enum):
     """What to do after an apply attempt."""
 
     RETURN = "return the record"
-    RAISE = "raise the certain error"
-    ASK = "query before anything else"
+    RAISE = "raise the error: the outcome is certain"
+    QUERY = "query before anything else"
 
 
 NEXT_STEP: Final[dict[Finding, tuple[Step, Step]]] = {
     # finding of this attempt: (no earlier attempt may have arrived, one may have)
-    Finding.NOT_SENT: (Step.RAISE, Step.ASK),
+    Finding.NOT_SENT: (Step.RAISE, Step.QUERY),
     Finding.FOUND: (Step.RETURN, Step.RETURN),
-    Finding.REJECTED: (Step.RAISE, Step.ASK),  # 5007 may mean that the earlier attempt worked
+    Finding.REJECTED: (Step.RAISE, Step.QUERY),  # 5007 may mean that the earlier attempt worked
     Finding.CONFLICT: (Step.RAISE, Step.RAISE),
-    Finding.EXISTS: (Step.ASK, Step.ASK),
-    Finding.UNCERTAIN: (Step.ASK, Step.ASK),
+    Finding.EXISTS: (Step.QUERY, Step.QUERY),
+    Finding.UNCERTAIN: (Step.QUERY, Step.QUERY),
 }
 """The decision table. ``retry`` has already repeated sends that did not arrive, within policy and deadline."""
 
@@ -64,13 +64,13 @@ class Case:
     """The latest time at which an attempt may have arrived. None: no attempt can have made the refund."""
     refused: RefundRejected | None = None
     """The last answer *duplicate* or *in progress*. None: there is no such answer, or an attempt may have succeeded."""
-    ask_first: bool = False
-    """Whether to query before the first send: the journal may have lost an attempt."""
+    query_first: bool = False
+    """Whether to query before the first send: the caller wants it, or the journal may have lost an attempt."""
     before_resend: Callable[[str], Awaitable[bytes]]
     """Records in the journal that the request may be sent again, and returns its body; its argument is ``history``."""
-    canary: Callable[[], Awaitable[LianLianError | bool]]
-    """Queries the canary, a refund that was made. True: found. False: there is no usable canary. An error: "no such
-    record" from this query service proves nothing."""
+    canary: Callable[[], Awaitable[bool]]
+    """Queries the canary, a refund that was made. True: found; False: there is no canary. Else raises
+    :class:`WrongQueryService`."""
     traffic: Traffic = attrs.field(factory=Traffic)
     history: str = ""
     rejection: LianLianError | None = None
@@ -110,7 +110,10 @@ class Case:
             self.refused = self.refused and refused
 
     def doubt(self, refund: RefundRecord) -> LianLianError | None:
-        """Return why ``refund`` does not prove that this refund was made; raise ``RefundConflict`` for another one."""
+        """Return why the record ``refund`` does not prove that this refund was made; None: it does.
+
+        Raises ``RefundConflict`` if it is the record of another refund.
+        """
         try:
             matching(self.request, refund)
         except AnswerMismatch as mismatch:
@@ -118,7 +121,7 @@ class Case:
         return doubt(refund, may_have_worked=self.sent_at is not None and self.refused is None)
 
     @property
-    def is_refused(self) -> bool:
+    def is_duplicate(self) -> bool:
         """Whether the last answer was *duplicate*, and no attempt can have made the refund."""
         return self.refused is not None and explain(self.refused.ret_code).kind is not CodeClass.IN_PROGRESS
 
@@ -166,11 +169,11 @@ async def resolve(case: Case, send: Next) -> Refund:
     """Return the refund, or raise its outcome; ``send`` is the middleware chain."""
     try:
         # A new refund is sent first; a refund that may have been sent is queried first.
-        is_new = case.sent_at is None and not case.ask_first
+        is_new = case.sent_at is None and not case.query_first
         refund = await _apply(case, send) if is_new else None
         sends_left = case.apply.policy.attempts - is_new
         while refund is None:
-            refund = await _ask(case, send)
+            refund = await _query(case, send)
             if refund is None:
                 _raise_proved(case)
                 if not sends_left:
@@ -198,7 +201,7 @@ def _raise_proved(case: Case) -> None:
         raise case.unknown()
     if case.rejection is not None:
         raise case.rejection
-    if case.refused is not None and case.is_refused:
+    if case.refused is not None and case.is_duplicate:
         raise case.refused
 
 
@@ -222,14 +225,14 @@ async def _apply(case: Case, send: Next) -> Refund | None:
     return None
 
 
-async def _ask(case: Case, send: Next) -> Refund | None:
+async def _query(case: Case, send: Next) -> Refund | None:
     """Query until there is a proof. Return the record; None: the refund was certainly not made."""
     query = await case.make_query()
     if case.retry_after and not await backoff(query, 0, case.retry_after):
         raise case.unknown()
     # The wall clock is enough, because no send depends on it.
     is_recent = case.sent_at is None or case.clock().wall - case.sent_at.wall < _SHOWN_SOON
-    queries, is_checked = 0, False
+    queries, is_canary_found = 0, False
     while True:
         asked_at = case.clock()
         reply = await send(attrs.evolve(query, attempt=case.traffic.queries + 1))
@@ -245,15 +248,15 @@ async def _ask(case: Case, send: Next) -> Refund | None:
         elif reply.finding is not Finding.NOT_FOUND:  # the retries are used up, or the query was rejected
             break
         if case.not_found_is_believed(asked_at):
-            if reply.refund is not None and not case.is_refused:  # one of our attempts may have made this record
+            if reply.refund is not None and not case.is_duplicate:  # one of our attempts may have made this record
                 break
-            proof = not is_checked and await case.canary()
-            if not proof:
-                return None
-            if isinstance(proof, LianLianError):
-                case.query_error = proof
+            try:
+                if is_canary_found or not await case.canary():
+                    return None
+            except WrongQueryService as error:
+                case.query_error = error
                 break
-            is_checked = True
+            is_canary_found = True
             continue  # query once more: the query service may have been repaired just before the canary's answer
         grace_left = case.grace_left(case.sent_at or asked_at, case.clock())
         # If this call cannot send again, more queries would probably find nothing either.
@@ -262,6 +265,10 @@ async def _ask(case: Case, send: Next) -> Refund | None:
             break
         queries += 1
     raise case.unknown()
+
+
+class WrongQueryService(LianLianError):
+    """The query service does not find a refund that was made, so its "no such record" proves nothing."""
 
 
 class IncompleteRecord(LianLianError):

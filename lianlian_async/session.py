@@ -17,7 +17,7 @@ import attrs
 from . import errors
 from .clock import Clock, SessionClock, system_clock
 from .events import CallBegan, CallEnded, Listener, Paused
-from .flight import Flights, Order
+from .flight import Flights, RefundCall
 from .gateway_client import GatewayClient
 from .identity import check_request
 from .journal import Journal, OpenRefunds
@@ -358,7 +358,7 @@ class RefundSession:
         seconds, policy = self._given(deadline, retry)
         if journal is not None and seconds > LONGEST_DEADLINE:
             raise errors.ConfigurationError(f"deadline: must be at most {LONGEST_DEADLINE:g} seconds with a journal")
-        order = Order(
+        call = RefundCall(
             request=request,
             journal=self._open_refunds if journal is None else journal,
             policy=policy,
@@ -370,7 +370,7 @@ class RefundSession:
         name = "apply_refund" if earlier is None else "resolve"
         try:
             with self._life.in_use():
-                return await self._observed(name, request.no_refund, self._flights.join(order), traffic)
+                return await self._observed(name, request.no_refund, self._flights.join(call), traffic)
         except errors.RefundNotSent as error:
             raise errors.misconfigured(error) or error from error.__cause__
 

@@ -26,7 +26,7 @@ async def run_workers(
     workers: int | _Slots,
     intake: anyio.CancelScope,
 ) -> None:
-    """Call ``handle`` for each item, with at most ``workers`` concurrent calls, or each with one of these slots.
+    """Call ``handle`` for each item. ``workers``: the maximum number of concurrent calls, or what limits them.
 
     The calling task takes the next item only when a worker is free. An async generator is always closed. After the
     first exception of ``items`` or ``handle``, or a cancellation of ``intake``, no further item is taken; the started
@@ -85,7 +85,7 @@ async def run_workers(
 
 
 def _cancelled(cause: BaseException | None = None) -> LianLianError:
-    error = LianLianError("a task was cancelled from outside: its item may not have been handled")
+    error = LianLianError("a background task was cancelled from outside: one refund may be unfinished")
     error.__cause__ = cause
     return error
 

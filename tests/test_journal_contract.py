@@ -766,7 +766,7 @@ LOST_AT = datetime(2026, 1, 2, 12, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(
-    ("seconds", "dt_refund", "grace", "ask_first", "is_sent"),
+    ("seconds", "dt_refund", "grace", "query_first", "is_sent"),
     [
         (899, "20260102195959", 900.0, True, True),  # created before the loss: a call may have sent it
         (899, "20260102200000", 900.0, True, False),
@@ -779,11 +779,11 @@ LOST_AT = datetime(2026, 1, 2, 12, tzinfo=UTC)
         (0, "20200101000000", None, False, False),  # an inbox sends nothing
     ],
 )
-def test_a_refund_that_a_journal_may_have_lost_is_queried_first(seconds, dt_refund, grace, ask_first, is_sent):
+def test_a_refund_that_a_journal_may_have_lost_is_queried_first(seconds, dt_refund, grace, query_first, is_sent):
     """During the grace after a loss every refund; later each one whose ``dt_refund`` is before the grace's end."""
     begin = Begin(intent(fields={"no_refund": "R-1", "dt_refund": dt_refund}, grace=grace), now())
     begin.allow_for_failover(LOST_AT, LOST_AT + timedelta(seconds=seconds))
-    assert (begin.ask_first, begin.sent_at) == (ask_first, begin.now if is_sent else None)
+    assert (begin.query_first, begin.sent_at) == (query_first, begin.now if is_sent else None)
 
 
 # ── a begin that has waited ──────────────────────────────────────────────────────────────────────

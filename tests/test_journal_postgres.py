@@ -245,7 +245,7 @@ async def test_workers_of_a_stricter_isolation_level_begin_an_era_and_bind_toget
 
             async def work():
                 await journal.bind("201304121000001004", "https://gateway.example/apply")
-                assert (await journal.begin(intent(), now()))[0] is Standing.ASK_FIRST
+                assert (await journal.begin(intent(), now()))[0] is Standing.QUERY_FIRST
 
             group.start_soon(work)
             while not await (await other.execute("SELECT FROM pg_locks WHERE NOT granted")).fetchall():
@@ -435,10 +435,10 @@ async def test_after_a_failover_new_refunds_are_queried_first(make, administer):
         await administer(FAIL_OVER.replace("{schema}", '"' + inbox._schema.replace('"', '""') + '"'))
         dated = {"no_refund": "R-2", "money_refund": "200.01", "dt_refund": "20990101000000"}
         standing, entry = await journal.begin(intent("R-2", fields=dated), now())
-        assert (standing, entry.sent_at) == (Standing.ASK_FIRST, None)
+        assert (standing, entry.sent_at) == (Standing.QUERY_FIRST, None)
         # Created before the failover: a lost call may have sent it, so its grace begins now.
         standing, entry = await journal.begin(intent("R-0"), now())
-        assert (standing, entry.sent_at is not None) == (Standing.ASK_FIRST, True)
+        assert (standing, entry.sent_at is not None) == (Standing.QUERY_FIRST, True)
         assert (await inbox.begin(intent("R-2", grace=None), now()))[0] is Standing.NEW
         await administer(
             "UPDATE {schema}.eras SET began = began - interval '2 hours', inserted_by = pg_current_xact_id()::xid"
@@ -447,7 +447,7 @@ async def test_after_a_failover_new_refunds_are_queried_first(make, administer):
         dated = {"no_refund": "R-3", "money_refund": "200.01", "dt_refund": "20990101000000"}
         assert (await journal.begin(intent("R-3", fields=dated), now()))[0] is Standing.NEW
         dated = {"no_refund": "R-4", "money_refund": "200.01", "dt_refund": "20200101000000"}
-        assert (await journal.begin(intent("R-4", fields=dated), now()))[0] is Standing.ASK_FIRST
+        assert (await journal.begin(intent("R-4", fields=dated), now()))[0] is Standing.QUERY_FIRST
 
 
 async def test_after_a_failover_the_grace_and_the_leases_start_again(workers):
@@ -475,7 +475,7 @@ async def test_after_the_restore_of_a_dump_new_refunds_are_queried_first(make, a
     await administer("INSERT INTO {schema}.eras SELECT * FROM {schema}.dump")
     async with make() as journal:
         standing, entry = await journal.begin(intent("R-2"), now())
-        assert (standing, entry.sent_at is not None) == (Standing.ASK_FIRST, True)
+        assert (standing, entry.sent_at is not None) == (Standing.QUERY_FIRST, True)
 
 
 BACK = """
@@ -489,11 +489,11 @@ async def test_after_the_way_back_to_an_earlier_server_new_refunds_are_queried_f
     """A DNS name or a proxy leads to another server and back, or another worker creates the tables again."""
     async with make() as journal:
         await administer(FAIL_OVER)
-        assert (await journal.begin(intent("R-1"), now()))[0] is Standing.ASK_FIRST
+        assert (await journal.begin(intent("R-1"), now()))[0] is Standing.QUERY_FIRST
         await administer(change)
         async with make():
             standing, entry = await journal.begin(intent("R-1"), now())
-    assert (standing, entry.sent_at is not None) == (Standing.ASK_FIRST, True)
+    assert (standing, entry.sent_at is not None) == (Standing.QUERY_FIRST, True)
 
 
 async def test_in_a_copy_of_the_database_new_refunds_are_queried_first(postgres_dsn, administer):
@@ -505,7 +505,7 @@ async def test_in_a_copy_of_the_database_new_refunds_are_queried_first(postgres_
     await administer(f"CREATE DATABASE {name}_copy TEMPLATE {name}")
     async with PostgresJournal(psycopg.conninfo.make_conninfo(dsn, dbname=f"{name}_copy")) as journal:
         standing, entry = await journal.begin(intent("R-2"), now())
-        assert (standing, entry.sent_at is not None) == (Standing.ASK_FIRST, True)
+        assert (standing, entry.sent_at is not None) == (Standing.QUERY_FIRST, True)
 
 
 async def test_lost_rows_are_written_again(make, administer):
@@ -557,10 +557,10 @@ async def test_a_jump_of_the_databases_clock_starts_a_new_era(workers):
         _, entry = await witness.begin(intent("R-1"), steady())
         await witness.release(entry, steady())
         steady.boot -= 86_400  # a day passes by the database's clock
-        assert (await witness.begin(intent("R-2"), steady()))[0] is Standing.ASK_FIRST
+        assert (await witness.begin(intent("R-2"), steady()))[0] is Standing.QUERY_FIRST
         _, entry = await other.begin(intent("R-1"), young())
         assert young().boot - entry.sent_at.boot < 15
-        assert (await witness.begin(intent("R-3"), steady()))[0] is Standing.ASK_FIRST
+        assert (await witness.begin(intent("R-3"), steady()))[0] is Standing.QUERY_FIRST
 
 
 @pytest.mark.parametrize("at", ["2026-03-08T06:55:00+00:00", "2026-11-01T05:55:00+00:00"])
@@ -579,7 +579,7 @@ async def test_daylight_saving_changes_no_duration(postgres_dsn, schema, adminis
         _, entry = await journal.begin(intent("R-1"), machine.clock())
         assert elapsed(entry.sent_at, machine.clock()) == 600
         standing, entry = await journal.begin(intent("R-3"), machine.clock())
-        assert (standing, entry.sent_at) == (Standing.ASK_FIRST, machine.clock())
+        assert (standing, entry.sent_at) == (Standing.QUERY_FIRST, machine.clock())
 
 
 async def test_a_database_may_have_another_datestyle(make, monkeypatch):

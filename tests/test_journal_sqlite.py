@@ -323,20 +323,20 @@ async def test_a_restored_journal_measures_the_grace_by_the_boot_clock(path, tmp
         file.backup(tmp_path / "backup")
     restore(tmp_path / "backup", path, restored)
     corrected = attrs.evolve(restored, wall=EARLIER + timedelta(days=400))
-    assert await begin_new(path, corrected.after(899)) == (Standing.ASK_FIRST, restored)
-    assert await begin_new(path, corrected.after(900)) == (Standing.ASK_FIRST, None)
+    assert await begin_new(path, corrected.after(899)) == (Standing.QUERY_FIRST, restored)
+    assert await begin_new(path, corrected.after(900)) == (Standing.QUERY_FIRST, None)
     assert await begin_new(path, corrected, grace=None) == (Standing.NEW, None)
     second = Moment(corrected.wall + timedelta(days=1), 7.0, "boot 2")
-    assert await begin_new(path, second) == (Standing.ASK_FIRST, second)
+    assert await begin_new(path, second) == (Standing.QUERY_FIRST, second)
     dated = attrs.evolve(second, gateway=EARLIER)
-    assert await begin_new(path, dated.after(890)) == (Standing.ASK_FIRST, dated)
+    assert await begin_new(path, dated.after(890)) == (Standing.QUERY_FIRST, dated)
     third = attrs.evolve(dated, timeline="boot 3")
-    assert await begin_new(path, attrs.evolve(third.after(2000), gateway=None)) == (Standing.ASK_FIRST, dated)
-    assert await begin_new(path, third.after(914)) == (Standing.ASK_FIRST, dated)
-    assert await begin_new(path, third.after(915)) == (Standing.ASK_FIRST, None)
+    assert await begin_new(path, attrs.evolve(third.after(2000), gateway=None)) == (Standing.QUERY_FIRST, dated)
+    assert await begin_new(path, third.after(914)) == (Standing.QUERY_FIRST, dated)
+    assert await begin_new(path, third.after(915)) == (Standing.QUERY_FIRST, None)
     behind = attrs.evolve(third.after(3000), wall=EARLIER)
-    assert await begin_new(path, behind) == (Standing.ASK_FIRST, behind)
-    assert await begin_new(path, behind.after(901)) == (Standing.ASK_FIRST, None)
+    assert await begin_new(path, behind) == (Standing.QUERY_FIRST, behind)
+    assert await begin_new(path, behind.after(901)) == (Standing.QUERY_FIRST, None)
 
 
 async def test_a_backup_can_be_read_but_is_a_journal_only_after_its_restore(path, tmp_path):
@@ -361,7 +361,7 @@ async def test_a_backup_can_be_read_but_is_a_journal_only_after_its_restore(path
         restore(copy, restored, now())
         async with SqliteJournal(restored) as opened:
             assert opened.id == journal_id
-            assert (await opened.begin(intent("R-2"), now()))[0] is Standing.ASK_FIRST
+            assert (await opened.begin(intent("R-2"), now()))[0] is Standing.QUERY_FIRST
 
 
 async def test_a_copy_of_a_journal_is_refused(path, tmp_path):
@@ -379,7 +379,7 @@ async def test_a_copy_of_a_journal_is_refused(path, tmp_path):
     restore(copy, path, now())
     for number in ("R-2", "R-3"):
         async with SqliteJournal(path) as journal:
-            assert (await journal.begin(intent(number), now()))[0] is Standing.ASK_FIRST
+            assert (await journal.begin(intent(number), now()))[0] is Standing.QUERY_FIRST
 
 
 async def test_a_copy_with_the_inode_number_of_the_removed_journal_is_refused(path, tmp_path):
@@ -414,7 +414,7 @@ async def test_a_restored_journal_replaces_no_symlink_and_is_writable(path, tmp_
     restore(backup, link, now())
     assert (link.readlink(), backup.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (path, 0o400, 0o600)
     async with SqliteJournal(path) as journal:
-        assert (await journal.begin(intent(), now()))[0] is Standing.ASK_FIRST
+        assert (await journal.begin(intent(), now()))[0] is Standing.QUERY_FIRST
 
 
 @pytest.mark.parametrize("then", [_DIE, _CHECKPOINT + _DIE], ids=["before a checkpoint", "after it"])
@@ -431,7 +431,7 @@ async def test_a_journal_without_its_wal_is_refused(path, tmp_path, then):
     shutil.copy2(path, moved)
     restore(moved, tmp_path / "restored.sqlite", now())
     async with SqliteJournal(tmp_path / "restored.sqlite") as journal:
-        assert (await journal.begin(intent("R-9"), now()))[0] is Standing.ASK_FIRST
+        assert (await journal.begin(intent("R-9"), now()))[0] is Standing.QUERY_FIRST
     log.write_bytes(kept)
     async with SqliteJournal(path) as journal:
         assert (await journal.begin(intent("R-1"), now()))[0] is Standing.FINISHED

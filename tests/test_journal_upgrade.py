@@ -110,7 +110,7 @@ async def check_entries(journal):
     assert facts(unknown.history) == [Fact(1795680000, 1, "begun", "")]
     assert journal.owner.oid_partner == "201103171000000000"
     standing, entry = await journal.begin(intent("R-new"), now())
-    assert standing in (Standing.NEW, Standing.ASK_FIRST)  # PostgreSQL sees another incarnation of the database
+    assert standing in (Standing.NEW, Standing.QUERY_FIRST)  # PostgreSQL sees another incarnation of the database
     assert (await journal.finish(entry, MADE)).state is State.FINAL
     await journal.acted("R-made", now())
     assert (await journal.find("R-made")).state is State.DONE

@@ -85,7 +85,7 @@ async def left_unknown(gateway, request=None, **options):
 
 def test_the_decision_table():
     """The step for each finding, and for whether an earlier attempt may have arrived."""
-    returned, certain, ask = Step.RETURN, Step.RAISE, Step.ASK
+    returned, certain, ask = Step.RETURN, Step.RAISE, Step.QUERY
     assert {
         # finding: (step if no earlier attempt may have arrived, step if one may have)
         Finding.NOT_SENT: (certain, ask),
@@ -757,7 +757,7 @@ def test_a_rejection_that_is_read_after_the_lease_proves_nothing(lease_holds):
     now = system_clock()
     apply = exchange(lease_holds=lambda: lease_holds)
     case = Case(request=None, apply=apply, make_query=None, clock=lambda: now, before_resend=None, canary=None)
-    assert case.next_step(Finding.REJECTED) is (Step.RAISE if lease_holds else Step.ASK)
+    assert case.next_step(Finding.REJECTED) is (Step.RAISE if lease_holds else Step.QUERY)
     assert case.sent_at is (None if lease_holds else now)
 
 

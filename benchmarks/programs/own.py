@@ -25,7 +25,7 @@ def program(job: frame.Job) -> Any:
 
 
 def _own(job: frame.Job) -> dict[str, float]:
-    from lianlian_async import LianLianError, RefundRequest, RetryPolicy, wire
+    from lianlian_async import RefundRequest, RetryPolicy, wire
     from lianlian_async.clock import system_clock
     from lianlian_async.exchange import Call, Exchange, HttpResponse, Reply, SendCount
     from lianlian_async.protocol import Protocol
@@ -48,7 +48,7 @@ def _own(job: frame.Job) -> dict[str, float]:
     async def before_resend(history: str) -> bytes:
         raise RuntimeError("no resend is expected")
 
-    async def canary() -> LianLianError | bool:
+    async def canary() -> bool:
         raise RuntimeError("no canary is expected")
 
     async def decide(request: Any, apply: Exchange, reply: Reply) -> None:

@@ -19,7 +19,7 @@ from .output import Output, printable
 Fields: TypeAlias = Mapping[str, str]
 
 
-class _Key(NamedTuple):
+class _KnownKey(NamedTuple):
     owner: str
     key: VerifyingKey
 
@@ -57,7 +57,7 @@ def _other_texts(fields: Fields) -> Iterator[tuple[list[str], bytes]]:
         yield [each for each, applies in changes.items() if applies], text.encode("gb18030" if is_gbk else "utf-8")
 
 
-def _cause(fields: Fields, keys: Sequence[_Key], trusted: Sequence[_Key]) -> str:
+def _cause(fields: Fields, keys: Sequence[_KnownKey], trusted: Sequence[_KnownKey]) -> str:
     """Return the likely cause of an invalid signature."""
     sign = fields.get("sign", "")
     if not sign:
@@ -91,7 +91,7 @@ def _cause(fields: Fields, keys: Sequence[_Key], trusted: Sequence[_Key]) -> str
 def verify(output: Output, /, file: BinaryIO, config: Path | None) -> int:
     loaded = load_merchant(config).load_keys()
     fields = read_message(file)
-    keys = [*(_Key("LianLian", key) for key in loaded.gateway), _Key("merchant", loaded.private.public_key())]
+    keys = [*(_KnownKey("LianLian", key) for key in loaded.gateway), _KnownKey("merchant", loaded.private.public_key())]
     # Only LianLian may sign the state of a refund; the merchant may sign every other message.
     trusted = keys[:-1] if fields.keys() & {"ret_code", "sta_refund"} else keys
     source = signature_source(fields)

@@ -47,7 +47,7 @@ class Standing(StrEnum):
     """The result of :meth:`.Journal.begin`."""
 
     NEW = "new"
-    ASK_FIRST = "ask first"
+    QUERY_FIRST = "query first"
     """As NEW, but the journal may have lost an entry of this refund: query before sending."""
     UNRESOLVED = "unresolved"
     FINISHED = "finished"

@@ -4,7 +4,7 @@ A refund is recorded before its first byte is sent. After a crash, :meth:`Journa
 still open. The steps of one call::
 
     begin ──► NEW ─────────────────────────► send ──┬──► finish (made, rejected, conflict)
-         ├──► ASK_FIRST ──► query ─────────► send ──┤
+         ├──► QUERY_FIRST ──► query ─────────► send ──┤
          ├──► UNRESOLVED ─► query ─► resend, send ──┴──► release (still unknown, or certainly not made)
          ├──► FINISHED: return the recorded outcome, send nothing
          └──► LEASED: another call or worker has the lease; call begin again later
@@ -63,13 +63,13 @@ class Journal(Protocol):
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
         """Record ``intent`` and take the refund's lease, before anything is sent.
 
-        NEW: the journal has no entry, or no attempt can have made the refund; send it. ASK_FIRST: as NEW, but query
+        NEW: the journal has no entry, or no attempt can have made the refund; send it. QUERY_FIRST: as NEW, but query
         first. UNRESOLVED: an earlier call began the refund; query first, and send the entry's own fields only after
         :meth:`resend`. FINISHED: use the entry's ending. LEASED: another call has the lease; the entry is as stored.
-        The entry's ``sent_at`` is None after NEW, and not in the future after UNRESOLVED. After ASK_FIRST it is the
+        The entry's ``sent_at`` is None after NEW, and not in the future after UNRESOLVED. After QUERY_FIRST it is the
         latest time of a send whose entry may have been lost; None: no such send, or its grace is over.
 
-        After NEW, ASK_FIRST and UNRESOLVED, the caller has to call :meth:`finish` or :meth:`release`.
+        After NEW, QUERY_FIRST and UNRESOLVED, the caller has to call :meth:`finish` or :meth:`release`.
         Raises ``RefundConflict`` if the journal has the number with other fields.
         """
         begin = operations.Begin(intent, now)
@@ -111,8 +111,8 @@ class Journal(Protocol):
         """End the lease of ``entry``, as returned by :meth:`begin`, and leave the refund unresolved.
 
         ``sent_at`` and ``refused`` (see :class:`Entry`) cover the attempts of this call and of earlier ones. If
-        ``sent_at`` is None, the next :meth:`begin` returns NEW or ASK_FIRST. Does nothing if another call has taken the
-        lease; if another call has resolved the refund, only adds the history.
+        ``sent_at`` is None, the next :meth:`begin` returns NEW or QUERY_FIRST. Does nothing if another call has taken
+        the lease; if another call has resolved the refund, only adds the history.
         """
         await self.record(
             operations.Operation(entry.no_refund, partial(operations.release, entry, sent_at, refused, history))

@@ -63,7 +63,7 @@ class Begin:
     now: Moment
     holder: str = attrs.field(factory=lambda: uuid4().hex)
     """Identifies this call among the calls of all processes."""
-    ask_first: bool = attrs.field(default=False, kw_only=True)
+    query_first: bool = attrs.field(default=False, kw_only=True)
     """Whether the journal may have lost an entry of this refund."""
     sent_at: Moment | None = attrs.field(default=None, kw_only=True)
     """Latest time at which a call whose entry was lost may have sent the refund; None: no such call, or grace over."""
@@ -78,23 +78,23 @@ class Begin:
         self.now, self.intent = self.now.after(seconds), attrs.evolve(self.intent, lease=self.intent.lease - seconds)
 
     def allow_for_restore(self, restored_at: Moment) -> None:
-        """Set ``ask_first`` and ``sent_at`` for a backup that was restored at ``restored_at``.
+        """Set ``query_first`` and ``sent_at`` for a backup that was restored at ``restored_at``.
 
         The backup may lack any refund: neither ``dt_refund`` nor the wall clock proves when a refund was begun.
         """
         if self.intent.grace is not None:
-            self.ask_first, seconds = True, elapsed(restored_at, self.now)
+            self.query_first, seconds = True, elapsed(restored_at, self.now)
             self.sent_at = restored_at if seconds is None or seconds < self.intent.grace else None
 
     def allow_for_failover(self, lost_at: datetime, now: datetime) -> None:
-        """Set ``ask_first`` and ``sent_at`` for a database that may have lost its latest entries at ``lost_at``.
+        """Set ``query_first`` and ``sent_at`` for a database that may have lost its latest entries at ``lost_at``.
 
         Until the grace ends, every refund is queried first, and counts as sent now if its ``dt_refund`` is before
         ``lost_at``. Later, a refund is queried first if its ``dt_refund`` is before the end of the grace.
         """
         if self.intent.grace is not None:
             until, dt_refund = lost_at + timedelta(seconds=self.intent.grace), self.intent.fields.get("dt_refund", "")
-            self.ask_first = now < until or dt_refund < wire.format_timestamp(until)
+            self.query_first = now < until or dt_refund < wire.format_timestamp(until)
             is_sent = now < until and dt_refund < wire.format_timestamp(lost_at)
             self.sent_at = self.now if is_sent else None
 
@@ -126,7 +126,7 @@ class Begin:
 
     def _new(self, history: str) -> Entry:
         """Return the entry with the end of the lease as ``sent_at``: the caller may send until then, and then crash."""
-        self.standing = Standing.ASK_FIRST if self.ask_first else Standing.NEW
+        self.standing = Standing.QUERY_FIRST if self.query_first else Standing.NEW
         self.found = Entry(
             no_refund=self.intent.no_refund,
             fields=self.intent.fields,

@@ -47,7 +47,7 @@ class _Connector(aiohttp.TCPConnector):
         return await super().connect(req, *args, **options)
 
 
-class _Request(aiohttp.ClientRequest):
+class _ClientRequest(aiohttp.ClientRequest):
     """A request that refuses a connection with unread bytes: aiohttp would read them as its response."""
 
     async def send(self, conn: Connection) -> aiohttp.ClientResponse:
@@ -122,7 +122,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
-            request_class=_Request,
+            request_class=_ClientRequest,
             response_class=_Response,
         )
         return self._session
