@@ -17,23 +17,36 @@ The modules, from the lowest layer up. No module imports from a higher layer; im
 
 - ``codes``, ``errors``: the return codes and the error tree. ``clock``: timestamps, and the time between them.
   ``asgi``, ``background``, ``lifecycle``, ``secret``, ``settings``, ``version``: small helpers.
-- ``wire``, ``text_rules``, ``signing``, ``key_files``: wire formats, rules for strings, signatures, key material.
+- ``wire``, ``text_rules``: wire formats, rules for strings. ``signing``: keys and signatures. ``key_files``: finds key
+  text; ``signing`` decrypts it.
   ``events``: the events that listeners receive.
 - ``identity``: compares a record with a request. ``models``: checked requests, and refunds. ``retry``: when to
   retry. ``logs``: delivers events to listeners and to the log. ``merchant``: the merchant's number, keys and endpoints.
 - ``exchange``, ``outcome``: value types of one exchange and of a refund's outcome. ``unknown_form``: an unknown outcome
-  as JSON. ``protocol``: messages and their verification, without I/O. ``transport``: HTTP (``sender``, ``pool``,
-  ``connection``); only this package imports httpx, httpx2 and aiohttp's client.
+  as JSON. ``protocol``: requests, answers and notifications, and their signatures, without I/O. ``transport``: HTTP;
+  only this package imports httpx, httpx2 and aiohttp's client (``sender``: one exchange; ``pool``: the connections;
+  ``connection``: TLS, proxies, resets).
 - ``middleware``: retries, limits and the user's functions around one exchange. ``journal``: records every refund and
-  its outcome (memory, SQLite, PostgreSQL).
+  its outcome in memory, SQLite or PostgreSQL; ``journal.operations`` has the rules that all journals share.
 - ``resolution``: finds the outcome of a refund: a decision table, and queries. ``rsa_worker``: signs in a thread.
   ``signature_watch``: detects a wrong key early. ``worker_pool``: processes many items with few workers.
 - ``gateway_client``: sends exchanges for an open session. ``recording``: records one refund. ``flight``: lets
   concurrent calls share one refund. ``waiters``: waits for a final status. ``recovery``: resolves open refunds.
   ``reconcile``: compares LianLian's statements with a journal.
 - ``session``, ``batch``: make refunds. ``notifications``: receives LianLian's notifications. ``sandbox``: a fake
-  gateway. ``contrib``: FastAPI, aiohttp, other web frameworks (``web``), OpenTelemetry, and a procrastinate queue.
-  ``testing``: a pytest plugin and virtual time. ``cli``: the command ``lianlian``.
+  gateway (``rules``, ``ledger``, ``faults``). ``contrib``: FastAPI, aiohttp, other web frameworks (``web``),
+  OpenTelemetry, and a procrastinate queue, whose jobs are ``slices``. ``testing``: a pytest plugin and virtual time.
+  ``cli``: the command ``lianlian``, with ``cli.batch`` for files of refunds.
+
+The words:
+
+- *slot*: what a call needs to use a connection of its session. *flight*: the task that makes one refund for all
+  concurrent calls. *case*: one refund whose outcome is open, with the evidence so far.
+- *attempt*: one apply request. *lease*: only its holder may send a refund, and only until it ends.
+- *unresolved*: an entry of a journal without an outcome. *open*: unresolved, or accepted but not final.
+- *refused*: answered *duplicate* or *in progress*, so that only a record with all three fields is a proof.
+- *grace*: how long "no such record" is not believed after a send. *canary*: a refund that was made; the query service
+  must find it before "no such record" is believed. *era*: a period whose times by PostgreSQL's clock are comparable.
 
 Where to start: follow one refund from ``session.RefundSession.apply_refund`` through ``flight.Flights``,
 ``recording.keep``, ``resolution.resolve``, ``middleware`` and ``transport.sender`` to the socket, and back through

@@ -1,4 +1,4 @@
-"""The sandbox's notifications: signed, on schedule, and with each mischief."""
+"""The sandbox's notifications: signed, on schedule, and with each fault."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from lianlian_async import ConfigurationError, NotificationEndpoint, asgi, wire
 from lianlian_async.journal import MemoryJournal
-from lianlian_async.sandbox import Fault, Mischief, Notifier, SandboxGateway, When
+from lianlian_async.sandbox import Fault, NotificationFault, Notifier, SandboxGateway, When
 from lianlian_async.session import RefundSession
 from lianlian_async.signing import signature_source
 from lianlian_async.transport import asgi_transport
@@ -50,8 +50,8 @@ class Shop:
         return [fields["sta_refund"] for _, fields in self.came]
 
 
-def notifier(gateway, shop, *mischief, **options):
-    return Notifier(gateway, transport=asgi_transport(shop), mischief=dict.fromkeys(mischief, 1.0), **options)
+def notifier(gateway, shop, *faults, **options):
+    return Notifier(gateway, transport=asgi_transport(shop), faults=dict.fromkeys(faults, 1.0), **options)
 
 
 def session(gateway, app=None, **options):
@@ -178,8 +178,8 @@ async def test_leaving_ends_the_notifications():
 @pytest.mark.parametrize("share", [-0.1, 1.1])
 async def test_invalid_mischief_probability_is_refused(share):
     """The constructor raises the error."""
-    with pytest.raises(ConfigurationError, match="mischief"):
-        Notifier(sandbox(), mischief={Mischief.EARLY: share})
+    with pytest.raises(ConfigurationError, match="faults"):
+        Notifier(sandbox(), faults={NotificationFault.EARLY: share})
 
 
 async def test_invalid_interval_is_refused():
@@ -197,7 +197,7 @@ async def test_on_delivery_is_called_after_its_delivery_is_listed():
     def check(delivery):
         listed.append(delivery in notifying.deliveries)
 
-    notifying = notifier(gateway, shop, Mischief.CONCURRENT, on_delivery=check)
+    notifying = notifier(gateway, shop, NotificationFault.CONCURRENT, on_delivery=check)
     async with notifying, session(gateway) as opened:
         await opened.apply_refund(refund_request())
         await anyio.sleep(3600)
@@ -228,13 +228,13 @@ def test_notifiers_of_one_gateway_run_in_successive_event_loops():
         anyio.run(main, number)
 
 
-# ── mischief ─────────────────────────────────────────────────────────────────────────────────────
+# ── faults ─────────────────────────────────────────────────────────────────────────────────────
 
 
-async def notified(*mischief, answers=None, **options):
-    """Return the service and the deliveries after one refund with some mischief."""
+async def notified(*faults, answers=None, **options):
+    """Return the service and the deliveries after one refund with some faults."""
     gateway, shop = sandbox(settle_after=10), Shop(answers or [OK])
-    async with notifier(gateway, shop, *mischief, **options) as notifying, session(gateway) as opened:
+    async with notifier(gateway, shop, *faults, **options) as notifying, session(gateway) as opened:
         await opened.apply_refund(refund_request())
         await anyio.sleep(3600)
     return shop, notifying.deliveries
@@ -242,34 +242,34 @@ async def notified(*mischief, answers=None, **options):
 
 async def test_duplicated_sends_once_more():
     """The notification is sent once more despite the acknowledgement."""
-    shop, _ = await notified(Mischief.DUPLICATED)
+    shop, _ = await notified(NotificationFault.DUPLICATED)
     assert shop.times == pytest.approx([10, 10])
     assert shop.came[0][1] == shop.came[1][1]
 
 
 async def test_concurrent_sends_three_at_once():
     """All three are sent before the first response."""
-    shop, deliveries = await notified(Mischief.CONCURRENT, answers=[(None, b"")] * 3 + [OK])
+    shop, deliveries = await notified(NotificationFault.CONCURRENT, answers=[(None, b"")] * 3 + [OK])
     assert shop.times == pytest.approx([10] * 3 + [130] * 3)
     assert [delivery.at for delivery in deliveries] == pytest.approx([15] * 3 + [130] * 3)
 
 
 async def test_reordered_sends_the_first_state_last():
     """The notification of the first state follows that of the last one."""
-    shop, _ = await notified(Mischief.REORDERED)
+    shop, _ = await notified(NotificationFault.REORDERED)
     assert shop.states == ["2", "0"]
 
 
 async def test_replayed_sends_again_later():
     """The notification is sent once more after the interval."""
-    shop, _ = await notified(Mischief.REPLAYED)
+    shop, _ = await notified(NotificationFault.REPLAYED)
     assert shop.times == pytest.approx([10, 130])
 
 
 async def test_tampered_sends_forgeries_first():
     """Each delivery is preceded by one with another amount, which the gateway did not sign."""
     key = sandbox().gateway_key.public_key()
-    shop, deliveries = await notified(Mischief.TAMPERED, answers=[(500, b"")])
+    shop, deliveries = await notified(NotificationFault.TAMPERED, answers=[(500, b"")])
     genuine = [key.verify(signature_source(fields), fields.get("sign", "")) for _, fields in shop.came]
     assert genuine == [False, True] * 30
     assert [delivery.forged for delivery in deliveries] == [True, False] * 30
@@ -278,7 +278,7 @@ async def test_tampered_sends_forgeries_first():
 async def test_early_sends_before_the_apply_response():
     """The notification of the final state comes before the apply response."""
     gateway, shop = sandbox(settle_after=1000), Shop()
-    notifying = notifier(gateway, shop, Mischief.EARLY)
+    notifying = notifier(gateway, shop, NotificationFault.EARLY)
     async with notifying, session(gateway, notifying) as opened:
         for number in range(3):
             shop.came.clear()
@@ -288,13 +288,13 @@ async def test_early_sends_before_the_apply_response():
         assert (await opened.query_refund(refund.query())).is_final
 
 
-async def test_same_seed_gives_the_same_mischief():
-    """A seed and a sequence of refunds always give the same mischief."""
+async def test_same_seed_gives_the_same_faults():
+    """A seed and a sequence of refunds always give the same faults."""
 
     async def bodies(seed):
         gateway, shop = sandbox(settle_after=0), Shop()
-        mischief = dict.fromkeys(Mischief, 0.5)
-        notifying = Notifier(gateway, transport=asgi_transport(shop), mischief=mischief, seed=seed)
+        faults = dict.fromkeys(NotificationFault, 0.5)
+        notifying = Notifier(gateway, transport=asgi_transport(shop), faults=faults, seed=seed)
         async with notifying, session(gateway, notifying) as opened:
             for number in range(10):
                 await opened.apply_refund(refund_request(number))
@@ -304,14 +304,14 @@ async def test_same_seed_gives_the_same_mischief():
     assert await bodies(1) == await bodies(1) != await bodies(2)
 
 
-async def test_endpoint_acts_once_despite_all_mischief():
+async def test_endpoint_acts_once_despite_all_faults():
     """The endpoint acts once on each final refund, acknowledges no forgery, and misses nothing."""
     handler = Handler()
     gateway = sandbox(settle_after=5)
-    mischief = dict.fromkeys(Mischief, 0.5)
+    faults = dict.fromkeys(NotificationFault, 0.5)
     async with MemoryJournal() as journal:
         endpoint = NotificationEndpoint(gateway.merchant(), handler, journal=journal, clock=boot_clock)
-        notifying = Notifier(gateway, transport=asgi_transport(endpoint), mischief=mischief)
+        notifying = Notifier(gateway, transport=asgi_transport(endpoint), faults=faults)
         async with notifying, session(gateway, notifying, journal=journal) as opened:
             for number in range(40):
                 gateway.fail(f"R-{number}") if number % 3 else None

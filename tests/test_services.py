@@ -17,7 +17,7 @@ def anyio_backend():
 
 @pytest.mark.parametrize("service", services.SERVICES)
 async def test_each_refund_is_handled_once_though_a_worker_is_killed(service, database, pytestconfig):
-    """Through all mischief, and with one worker killed midway, none is missed, and no forgery is acknowledged."""
+    """Through all faults, and with one worker killed midway, none is missed, and no forgery is acknowledged."""
     refunds, seed = (pytestconfig.getoption(name) for name in ("notified", "seed"))
     report = await services.notify_and_kill(service, database, refunds=refunds, seed=seed)
     assert report.problems == {}

@@ -7,6 +7,16 @@ without a socket. No real money is involved.
 from .faults import Fault, When
 from .gateway import SandboxGateway
 from .ledger import Order, Record, Repeated
-from .notifier import Delivery, Mischief, Notifier
+from .notifier import Delivery, NotificationFault, Notifier
 
-__all__ = ["Delivery", "Fault", "Mischief", "Notifier", "Order", "Record", "Repeated", "SandboxGateway", "When"]
+__all__ = [
+    "Delivery",
+    "Fault",
+    "NotificationFault",
+    "Notifier",
+    "Order",
+    "Record",
+    "Repeated",
+    "SandboxGateway",
+    "When",
+]

@@ -1,4 +1,4 @@
-"""Notifications from the sandbox, on LianLian's schedule, with faults (*mischief*) on request.
+"""Notifications from the sandbox, on LianLian's schedule, with faults on request.
 
 When a refund is final, its signed notification is POSTed to its ``notify_url`` every 2 minutes, at most 30 times, until
 the response is HTTP 200 with ``ret_code`` 0000 within 5 seconds (LianLian's notification page).
@@ -33,8 +33,8 @@ _CONNECTIONS: Final = 64
 """Maximum number of concurrent deliveries."""
 
 
-class Mischief(Enum):
-    """Faults of a refund's notifications."""
+class NotificationFault(Enum):
+    """A fault of a refund's notifications. The gateway's own faults are :class:`.Fault`."""
 
     EARLY = "early"
     """The refund is final at once. If the notifier serves the gateway, the notification precedes the apply response."""
@@ -80,8 +80,8 @@ class Notifier:
         transport: An httpx or httpx2 transport for the deliveries; default: the network.
         every: Seconds between two deliveries.
         times: Maximum number of deliveries of one notification.
-        mischief: Probability of each :class:`Mischief` per refund.
-        seed: Seed of the random mischief.
+        faults: Probability of each :class:`NotificationFault` per refund.
+        seed: Seed of the random faults.
         on_delivery: Called with each :class:`Delivery` after it ends. If it raises, the notifications stop, and the end
             of the ``async with`` block raises the error in an ``ExceptionGroup``, unless the block itself raises.
 
@@ -95,21 +95,21 @@ class Notifier:
         transport: AsyncBaseTransport | None = None,
         every: float = 120.0,
         times: int = 30,
-        mischief: Mapping[Mischief, float] | None = None,
+        faults: Mapping[NotificationFault, float] | None = None,
         seed: int = 0,
         on_delivery: Callable[[Delivery], object] = lambda _: None,
     ) -> None:
         check_http(None, transport, None)
-        self._mischief = dict(mischief or {})
-        if any(not 0 <= share <= 1 for share in self._mischief.values()):
-            raise ConfigurationError("mischief: each probability must be from 0 to 1")
+        self._faults = dict(faults or {})
+        if any(not 0 <= share <= 1 for share in self._faults.values()):
+            raise ConfigurationError("faults: each probability must be from 0 to 1")
         self.deliveries: list[Delivery] = []
         """Every delivery that has ended, oldest first."""
         self._gateway = gateway
         self._http_transport = transport
         self._every = check_seconds("every", every, least=0, most=math.inf)
         self._times = times
-        self._random = Random(seed)  # noqa: S311 - the same seed gives the same mischief
+        self._random = Random(seed)  # noqa: S311 - the same seed gives the same faults
         self._on_delivery = on_delivery
         self._begun = self._ended = 0
 
@@ -162,36 +162,36 @@ class Notifier:
         self._begun += len(records)
         early = []
         for record in records:
-            mischief = {each for each, share in self._mischief.items() if self._random.random() < share}
+            faults = {each for each, share in self._faults.items() if self._random.random() < share}
             delivered = anyio.Event()
-            if Mischief.EARLY in mischief:
+            if NotificationFault.EARLY in faults:
                 record.settles_at = self._gateway.now()
                 early.append(delivered)
-            self._tasks.start_soon(self._notify, record, mischief, delivered)
+            self._tasks.start_soon(self._notify, record, faults, delivered)
         return early
 
-    async def _notify(self, record: Record, mischief: set[Mischief], delivered: anyio.Event) -> None:
+    async def _notify(self, record: Record, faults: set[NotificationFault], delivered: anyio.Event) -> None:
         await self._until(record.settles_at)
         body = self._gateway.notification(record)
         fields = wire.decode(body)
         for _ in range(self._times):
             sent_at = self._gateway.now()
-            if Mischief.TAMPERED in mischief:
+            if NotificationFault.TAMPERED in faults:
                 forgery = fields | {"money_refund": wire.format_money(record.money_refund + 1)}
                 await self._send(record, wire.encode(forgery), forged=True)
             async with anyio.create_task_group() as tasks:
-                for _ in range(2 if Mischief.CONCURRENT in mischief else 0):
+                for _ in range(2 if NotificationFault.CONCURRENT in faults else 0):
                     tasks.start_soon(self._send, record, body)
                 acknowledged = await self._send(record, body)
             delivered.set()
             if acknowledged:
                 break
             await self._until(sent_at + self._every)
-        if Mischief.REORDERED in mischief:
+        if NotificationFault.REORDERED in faults:
             await self._send(record, self._gateway.notification(record, at=-math.inf))
-        if Mischief.DUPLICATED in mischief:
+        if NotificationFault.DUPLICATED in faults:
             await self._send(record, body)
-        if Mischief.REPLAYED in mischief:
+        if NotificationFault.REPLAYED in faults:
             await self._until(self._gateway.now() + self._every)
             await self._send(record, body)
         self._ended += 1

@@ -34,7 +34,7 @@ import psycopg
 from lianlian_async import Merchant, NotificationEndpoint, Refund, RefundSession, refund_many
 from lianlian_async.cli.sandbox.server import environment
 from lianlian_async.journal.postgres import PostgresJournal
-from lianlian_async.sandbox import Mischief, Notifier, SandboxGateway
+from lianlian_async.sandbox import NotificationFault, Notifier, SandboxGateway
 from lianlian_async.transport import PoolTransport, asgi_transport
 from tests.support import ROOT, postgres, program
 from tests.support.notices import until
@@ -45,7 +45,7 @@ SERVICES = ("fastapi", "aiohttp")
 BASE_URL = "http://127.0.0.1:9"
 """The gateway's base URL, equal for all sessions of the journal. The sessions of the workers send nothing to it."""
 
-ALL_MISCHIEF = dict.fromkeys(Mischief, 0.3)
+ALL_FAULTS = dict.fromkeys(NotificationFault, 0.3)
 
 _TABLES = """
 CREATE TABLE begun (no_refund text NOT NULL, worker text NOT NULL);
@@ -179,7 +179,7 @@ async def notify_and_kill(service: str, dsn: str, *, refunds: int, seed: int) ->
                 transport=LoadBalancer(workers),
                 every=1.0,
                 times=300,
-                mischief=ALL_MISCHIEF,
+                faults=ALL_FAULTS,
                 seed=seed,
             )
             merchant = gateway.merchant(BASE_URL)

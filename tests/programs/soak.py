@@ -1,7 +1,7 @@
 """Run refunds and notifications through faults for a long time: ``python -m tests.programs.soak --minutes 60``.
 
 Another process serves the sandbox, which carries out every request, behind the proxy of ``tests.programs.proxy``. Some
-of the requests meet a fault of the gateway, some connections are disturbed, some notifications meet mischief. This
+of the requests meet a fault of the gateway, some connections are disturbed, some notifications meet faults. This
 process runs batches on httpx and on aiohttp and a notification endpoint, which share an ``SqliteJournal``. In the end
 every refund must have been made and handled once, and memory, threads and file descriptors must not have grown. They
 are measured at rest, because a busy machine has more connections: after each tenth of the run the batches pause, and
@@ -53,7 +53,7 @@ from lianlian_async.cli.sandbox.server import environment
 from lianlian_async.cli.sandbox.server import serving as serving_gateway
 from lianlian_async.journal import SqliteJournal, State
 from lianlian_async.middleware import RateLimit
-from lianlian_async.sandbox import Fault, Mischief, Notifier, Repeated, SandboxGateway
+from lianlian_async.sandbox import Fault, NotificationFault, Notifier, Repeated, SandboxGateway
 from tests.programs.proxy import shop
 from tests.support import ROOT, program
 from tests.support.bad_network import FAIR, Cut, Disturbance, Form, Proxy, proxies, to_port
@@ -98,7 +98,7 @@ async def serve(seed: int) -> None:
     gateway = SandboxGateway(
         repeated=Repeated.AGAIN, default_order=Decimal("100000000.00"), settle_after=0.3, faults=FAULTS, delay=LATE
     )
-    notifier = Notifier(gateway, every=2.0, mischief=dict.fromkeys(Mischief, 0.02), seed=seed)
+    notifier = Notifier(gateway, every=2.0, faults=dict.fromkeys(NotificationFault, 0.02), seed=seed)
     with serving_gateway(notifier) as url:
         proxy = Proxy(to_port(httpx.URL(url).port), next_disturbance=lambda: disturbance(dice))
         async with proxies(proxy):
