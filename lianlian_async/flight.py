@@ -235,7 +235,7 @@ class Flights:
 
 
 def choose_canary(canaries: Sequence[Entry], now: datetime, grace: float) -> Entry | None:
-    """Return the canary: the refund to query in call to check the query service, or None if none is suitable.
+    """Return the canary: the refund to query in order to check the query service, or None if none is suitable.
 
     It is the newest of ``canaries`` (see :meth:`.journal.Journal.canaries`) that was sent at least ``grace`` seconds
     ago, because LianLian may show newer ones late. If all are newer, it is the oldest one.
