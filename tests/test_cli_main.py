@@ -65,6 +65,8 @@ def test_version_as_json(arguments):
         (("--nope", "--json"), "--nope"),
         (("help", "nope", "--json"), "'nope' is not one of 'unknown', 'journal', 'processes'"),
         (("worker", "--json", "--not-found-grace", "inf"), "inf is not in the range 0<=x<=1000000000"),
+        (("worker", "--json", "--not-found-grace", "nan"), "'--not-found-grace': 'nan' is not a number"),
+        (("worker", "--json", "--interval", "nan"), "'--interval': 'nan' is not a number"),
     ],
 )
 def test_usage_errors_as_json(arguments, message):

@@ -95,7 +95,7 @@ def reconcile() -> None:
     "are in flight and none has ended. If it is older than --deadline plus 30 s, the worker or the database hangs.",
 )
 @click.option(
-    "--interval", metavar="SECONDS", type=click.FloatRange(0.1, 20), default=10.0, help="Time between progress reports."
+    "--interval", metavar="SECONDS", type=options.Number(0.1, 20), default=10.0, help="Time between progress reports."
 )
 @options.runs(".worker", options.session_options, options.config_option)
 def worker() -> None:

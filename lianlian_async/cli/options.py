@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -45,6 +46,17 @@ def is_dsn(place: str) -> bool:
 def place_name(place: str) -> str:
     """Return ``place`` for display. A PostgreSQL URL is not shown, because it may contain a password."""
     return "in PostgreSQL" if is_dsn(place) else place
+
+
+class Number(click.FloatRange):
+    """A number in a range. ``FloatRange`` would also accept NaN."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number."""
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
 
 
 class Place(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
@@ -107,11 +119,7 @@ config_option = click.option(
     help="TOML file with the merchant's number, keys and URLs; by default the LIANLIAN_ environment variables.",
 )
 deadline_option = click.option(
-    "--deadline",
-    metavar="SECONDS",
-    type=click.FloatRange(0, min_open=True),
-    default=30.0,
-    help="Time limit of a refund.",
+    "--deadline", metavar="SECONDS", type=Number(min=0, min_open=True), default=30.0, help="Time limit of a refund."
 )
 session_options: Final = add_options(
     click.option(
@@ -121,7 +129,7 @@ session_options: Final = add_options(
     click.option(
         "--not-found-grace",
         metavar="SECONDS",
-        type=click.FloatRange(0, LONGEST),
+        type=Number(0, LONGEST),
         default=900.0,
         help="Time after the last attempt until the gateway's answer 'no such record' is believed; a shorter time is "
         "safe only if the gateway rejects a second refund with the same no_refund.",

@@ -117,7 +117,7 @@ _OPTIONS: Final = (
     click.option(
         "--rate",
         metavar="NUMBER",
-        type=click.FloatRange(min=0, min_open=True),
+        type=options.Number(min=0, min_open=True),
         help="Maximum number of refunds to start each second.",
     ),
     _flag("--keep-going", help="Continue after a rejection that every further refund would get."),

@@ -8,7 +8,7 @@ import click
 
 from lianlian_async import wire
 from lianlian_async.cli.batch.options import READING_OPTIONS
-from lianlian_async.cli.options import add_options, any_file, parsed, runs
+from lianlian_async.cli.options import Number, add_options, any_file, parsed, runs
 
 FAULTS: Final = (
     *("delay", "no-answer", "late", "reset", "http-500", "bad-gateway", "too-many", "redirect", "busy", "broken-json"),
@@ -61,7 +61,7 @@ def _read_faults(_ctx: click.Context, _option: click.Parameter, values: Iterable
 )
 @click.option("--seed", type=int, default=0, help="Seed of the random faults.")
 @click.option(
-    "--settle-after", metavar="SECONDS", type=click.FloatRange(min=0), default=2.0, help="Time until a refund is final."
+    "--settle-after", metavar="SECONDS", type=Number(min=0), default=2.0, help="Time until a refund is final."
 )
 @click.option(
     "--default-order",
@@ -105,7 +105,7 @@ def sandbox() -> None:
 @click.command
 @click.option("--refunds", type=click.IntRange(1, 100_000), default=300, help="Number of refunds.")
 @click.option("--seed", type=int, default=0, help="Seed of the random faults.")
-@click.option("--faults", type=click.FloatRange(0, 1), default=0.3, help="Probability of a fault for each request.")
+@click.option("--faults", type=Number(0, 1), default=0.3, help="Probability of a fault for each request.")
 @click.option("--concurrency", type=click.IntRange(1, 1000), default=50, help="Number of connections.")
 @click.option("--bits", type=click.Choice(["1024", "2048", "4096"]), default="2048", help="Size of all keys.")
 @runs(".sandbox.demo")
