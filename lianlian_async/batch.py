@@ -54,15 +54,14 @@ def refund_many(
         concurrency: maximum number of concurrent refunds; by default the session's ``max_connections``.
         journal: an open journal; by default the session's.
         query_first: query every refund that is new in the journal before it is sent.
-        keep_going: continue after a rejection with ``stops_batch``. Answers without a valid signature still stop the
-            batch.
+        keep_going: continue after a rejection with ``stops_batch``. Invalid signatures still stop the batch.
         wait_unknown: keep unknown outcomes in memory until all other refunds have ended, then resolve each of them
             once, at its ``ask_again_at`` or later.
 
     Raises at once ``RuntimeError`` if the session is not open, and ``ConfigurationError`` or ``InvalidRequest`` for a
     wrong argument. Raises at the end of the iteration:
-        BatchStopped: a rejection with ``stops_batch``, or answers about four refunds in a row without a valid
-            signature. Until one answer has a valid signature, at most four refunds run concurrently.
+        BatchStopped: a rejection with ``stops_batch``, or ``SignatureInvalid`` for the answers about four refunds in a
+            row. Until one answer has a valid signature, at most four refunds run concurrently.
         JournalError: the journal failed; no further refund was started.
         ConfigurationError: a setting, such as a proxy, prevents every send.
         RuntimeError: the session was closed during the batch.
@@ -190,7 +189,7 @@ class _Run:
             await self._tell(outcome)
 
     async def _due(self) -> AsyncGenerator[_Held]:
-        """Yield the unknown outcomes, each at its ``ask_again_at``, even if the wall clock is set meanwhile."""
+        """Yield the unknown outcomes, none before its ``ask_again_at``, even if the wall clock is set meanwhile."""
         self.unknown.sort(key=lambda held: held[0], reverse=True)
         while self.unknown:
             await anyio.sleep(max(0.0, self.unknown[-1][0] - self.session.clock().boot))

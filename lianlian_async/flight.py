@@ -1,7 +1,7 @@
 """Flights: concurrent calls of one session for the same refund and journal share one flight, which makes the refund.
 
-A flight belongs to no single caller. A caller leaves the flight when it is cancelled or at its deadline; the other
-callers keep waiting. When the last caller leaves, the flight is cancelled.
+A flight belongs to no single caller. A caller leaves the flight when it is cancelled, or at its deadline if another
+caller's deadline is later; the other callers keep waiting. When the last caller leaves, the flight is cancelled.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Flights:
         self._open_refunds.in_flight = self._flights
 
     async def join(self, call: RefundCall) -> Refund:
-        """Return the refund of its flight, which is started if there is none."""
+        """Return the refund of the call's flight; start one if there is none."""
         number, leaves_at = call.request.no_refund, anyio.current_time() + call.seconds
         while (flight := self._flights.get(number)) is not None and (
             not flight.until.leaves_at  # the last caller has left, and so cancelled it
@@ -143,7 +143,7 @@ class Flights:
             return await keep(journal, entry, case, partial(resolve, case, gateway.send))
 
     def _open_case(self, flight: Flight, fields: Mapping[str, str], standing: Standing, entry: Entry) -> Case:
-        """Return the case of a claimed refund, with what its ``entry`` says about earlier calls."""
+        """Return the case of a leased refund, with what its ``entry`` says about earlier calls."""
         call, has_lease = flight.call, partial(self._is_before, flight.last_send)
         if entry.leased_until is not None and not isinstance(call.journal, OpenRefunds):
             flight.reads_at.at = anyio.current_time() + _READ_AGAIN
@@ -179,7 +179,7 @@ class Flights:
         return entry is None or entry.ending is None
 
     def _unknown(self, flight: Flight) -> RefundOutcomeUnknown:
-        """Return the unknown outcome for a caller that leaves. Its flight may go on, and send until its deadline."""
+        """Return a leaving caller's unknown outcome. The flight may go on, and send until its own deadline."""
         now, left = self._clock(), 0.0
         if not flight.task.has_ended:  # another process may rely on this moment, so nothing is sent after it
             left = min(max(0.0, flight.until.left(anyio.current_time())), LONGEST_LEASE)
@@ -261,7 +261,7 @@ class _SharedDeadline(Deadline):
         """By the scope in which a caller waits: its deadline."""
 
     def add(self, seconds: float, now: float) -> anyio.CancelScope:
-        """Add a caller with the deadline of ``seconds``. Return its scope, in which it must then wait."""
+        """Add a caller whose time limit is ``seconds``. Return its scope, in which it must then wait."""
         scope = anyio.CancelScope()
         self.leaves_at[scope] = min(now, self.paused_at) + seconds
         self.at = max(self.at, self.leaves_at[scope])
@@ -294,7 +294,7 @@ class Flight:
     _carry_out: Callable[[Flight], Awaitable[Refund]]
     _unknown: Callable[[Flight], RefundOutcomeUnknown]
     last_send: Deadline = attrs.field(factory=lambda: Deadline(math.inf), init=False)
-    """When the lease ends, or an earlier time that a caller was told when it left. On the boot clock."""
+    """On the boot clock: the end of the lease, or an earlier time, told to a leaving caller. Later, nothing is sent."""
     reads_at: Deadline = attrs.field(factory=lambda: Deadline(math.inf), init=False)
     """From this time on, the journal is read again before each send. On the event loop's clock."""
     case: Case | None = attrs.field(default=None, init=False)
@@ -302,7 +302,7 @@ class Flight:
     _error: BaseException | None = attrs.field(default=None, init=False)
     _is_raised: bool = attrs.field(default=False, init=False)
     is_told: bool = attrs.field(default=False, init=False)
-    """Whether a caller got the outcome. A cancellation may arrive between the end of the flight and its caller."""
+    """Whether a caller got the outcome. After the flight has ended, a cancellation may still prevent that."""
     task: BackgroundTask = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:

@@ -158,7 +158,7 @@ _APPLY_ERRORS: Final[Mapping[Finding, type[LianLianError] | tuple[()]]] = {
     Finding.CONFLICT: RefundConflict,
     Finding.NOT_FOUND: (),
 }
-"""By finding, the error that a reply to an apply call must have; (): the finding is never valid. Others: any error."""
+"""By finding, the error that an apply reply must have; (): the finding is never valid. Other findings: any or none."""
 
 
 def _problem(exchange: Exchange, reply: object) -> str | None:

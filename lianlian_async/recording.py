@@ -25,7 +25,7 @@ logger = logging.getLogger("lianlian_async")
 
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 1.0
-"""Seconds. Each pause between two attempts to take a lease is twice as long as the pause before."""
+"""Seconds. While another call or worker has the lease, the pauses before each new ``begin`` double up to this."""
 
 
 def ending(refund: RefundRecord) -> Ending:
@@ -119,7 +119,7 @@ def _check_agrees(refund: RefundRecord, stored: Entry) -> None:
 
 
 async def recorded(journal: Journal, request: RefundRequest) -> Refund | None:
-    """Return the refund, or None if it is unresolved. Raises its recorded error, or a conflict with the request."""
+    """Return the recorded refund; None: no outcome is recorded. Raises its error, or a conflict with the request."""
     entry = await journal.find(request.no_refund)
     if entry is None or entry.ending is None:
         return None
@@ -128,7 +128,7 @@ async def recorded(journal: Journal, request: RefundRequest) -> Refund | None:
 
 
 async def keep(journal: Journal, entry: Entry, case: Case, resolve: Callable[[], Awaitable[Refund]]) -> Refund:
-    """Run ``resolve`` for ``case``, and record its outcome in the claimed ``entry``, even if cancelled."""
+    """Run ``resolve`` for ``case``, and record its outcome in the leased ``entry``, even if cancelled."""
     try:
         refund = await resolve()
     except (RefundRejected, RefundNotSent, RefundOutcomeUnknown, RefundConflict) as error:
@@ -160,7 +160,7 @@ async def keep(journal: Journal, entry: Entry, case: Case, resolve: Callable[[],
 
 
 async def _store(journal: Journal, entry: Entry, case: Case, outcome: Refund | LianLianError) -> Entry | None:
-    """Record ``outcome``, even if cancelled. Return the entry as stored, or None if only its lease ended."""
+    """Record ``outcome``, even if cancelled. Return the entry as stored, or None if it was released."""
     how = moment = refused = None
     if isinstance(outcome, RefundOutcomeUnknown):
         moment = outcome.moment

@@ -36,7 +36,7 @@ async def resume(
     workers: int,
     clock: Clock,
 ) -> Resumed:
-    """Resolve every refund in ``journal`` that is UNRESOLVED, and query every ACCEPTED one for its final state."""
+    """Resolve each UNRESOLVED refund in ``journal`` that may have been sent; query each ACCEPTED one."""
     count = Counter[bool]()
 
     async def is_resolved(request: RefundRequest) -> bool:

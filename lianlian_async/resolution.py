@@ -69,7 +69,7 @@ class Case:
     before_resend: Callable[[str], Awaitable[bytes]]
     """Records in the journal that the request may be sent again, and returns its body; its argument is ``history``."""
     canary: Callable[[], Awaitable[bool]]
-    """Queries the canary, a refund that was made. True: found; False: there is no canary. Else raises
+    """Queries the canary, a refund that was made. True: found; False: there is no suitable one. Else raises
     :class:`WrongQueryService`."""
     traffic: Traffic = attrs.field(factory=Traffic)
     history: str = ""
@@ -193,7 +193,7 @@ async def resolve(case: Case, send: Next) -> Refund:
 
 
 def _raise_proved(case: Case) -> None:
-    """Return if the request may be sent again after a believed "no such record"; else raise the outcome."""
+    """Return if the request may be sent after a believed "no such record"; else raise the outcome."""
     if case.sent_at is None:
         return
     if not case.apply.lease_holds():
@@ -268,7 +268,7 @@ async def _query(case: Case, send: Next) -> Refund | None:
 
 
 class WrongQueryService(LianLianError):
-    """The query service does not find a refund that was made, so its "no such record" proves nothing."""
+    """The query service did not return a refund that was made, so its "no such record" proves nothing."""
 
 
 class IncompleteRecord(LianLianError):

@@ -59,8 +59,8 @@ class RetryPolicy:
     """The retry policy of a call.
 
     The pause after ``n`` retries is random (full jitter): from 0 to ``initial`` × ``multiplier`` ** n seconds, at most
-    ``maximum``. A refund that may have been made is queried until the call's deadline, whatever ``attempts`` is. If its
-    last send was more than a minute ago, one "no such record" ends the call, unless the grace ends before the deadline.
+    ``maximum``. ``attempts`` does not limit the queries about a refund that may have been made. If its last send was
+    more than a minute ago, one "no such record" ends the call, unless the grace ends before the deadline.
     """
 
     attempts: int = 4

@@ -37,7 +37,7 @@ from .transport import AsyncBaseTransport, AsyncClient, HttpBackend, HttpSender,
 from .waiters import Waiters
 
 LONGEST_DEADLINE: Final = 86_400.0
-"""Seconds: the longest deadline of a call with a journal. The lease lasts twice as long, and must end after a crash."""
+"""Seconds: the longest deadline of a call with a journal. Its lease lasts up to twice as long, even after a crash."""
 
 _checked: Final = partial(check_seconds, "deadline", most=math.inf)
 
@@ -76,7 +76,7 @@ class RefundSession:
 
     Concurrent calls for the same ``no_refund`` make one refund, with the ``retry`` of the first one. If a call left the
     refund unknown, the next call queries first. Without a journal, this holds only within one session, and a call that
-    begins after another has returned the refund sends it again.
+    begins after an earlier call has returned the refund sends it again.
 
     Closing waits for running calls, up to their deadlines. New calls, and calls that wait for a slot, send nothing and
     raise ``RuntimeError``. So do calls outside ``async with`` or on another event loop, and an ``async with`` while the
@@ -266,7 +266,7 @@ class RefundSession:
         The notification ends the wait if a ``NotificationEndpoint`` was created with this session. Until then the
         gateway is queried, first after 2 seconds; each later pause is twice as long, at most 5 minutes. ``deadline`` is
         in seconds: LianLian repeats a notification for an hour. ``retry`` overrides the session's policy for each
-        query. The wait holds no connection slot.
+        query. The wait holds a connection slot only during a query.
 
         Raises:
             RefundNotFinal: the refund is not final at the deadline, or when the session was closed during the wait.

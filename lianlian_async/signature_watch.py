@@ -1,4 +1,4 @@
-"""Stop a batch or worker early if answers have no valid signature: with a wrong key, every outcome would be unknown."""
+"""Stop a batch or worker early after invalid signatures: with a wrong key, nearly all outcomes would be unknown."""
 
 from typing import Final
 
@@ -11,7 +11,7 @@ from .exchange import Exchange, Reply
 _UNPROVED: Final = 4
 """Maximum number of refunds in flight in a batch or worker until one answer has a valid signature."""
 _FAILURES: Final = 4
-"""A batch or worker stops if the answers about this number of refunds in a row have no valid signature."""
+"""A batch or worker stops after ``SignatureInvalid`` for the answers about this number of refunds in a row."""
 
 
 class SignatureWatch:
@@ -26,7 +26,7 @@ class SignatureWatch:
         self.changed = anyio.Event()
         """Set when a refund ends, and at the first answer with a valid signature. A waiter replaces a set event."""
         self._failed: dict[str, SignatureInvalid] = {}
-        """The latest refunds whose answers had no valid signature, since the last answer with one."""
+        """By number, the latest refunds with an invalid signature, since the last answer with a valid one."""
 
     def saw(self, exchange: Exchange, reply: Reply) -> None:
         """Record a reply. Ignore an unsigned rejection and a failure: they prove nothing about the keys."""
@@ -69,7 +69,7 @@ class Admission:
             if self._watch.changed.is_set():
                 self._watch.changed = anyio.Event()
             await self._watch.changed.wait()
-        await checkpoint_if_cancelled()  # the cancelled refunds leave at the same moment
+        await checkpoint_if_cancelled()  # when a batch is cancelled, its refunds in flight end, and this loop too
         self.in_flight += 1
 
     def release(self) -> None:
