@@ -4,20 +4,20 @@ step() {
     printf '\n── %s\n' "$1"
 }
 
-# Install uv into the active environment; without a package index the legs that need it are skipped.
+# Install uv into the active environment; if that fails, print what needs it, and return 1.
 have_uv() {
     python -m pip install --quiet uv && return
-    step "skipped: other environments and the release files, because uv cannot be installed"
+    step "uv cannot be installed: the other environments and the release files are not checked"
     return 1
 }
 
-# find_python VERSION: print the path of an interpreter that uv or pyenv has installed.
+# find_python VERSION: print the path of an interpreter that uv finds, or that pyenv has installed.
 find_python() {
     uv python find --no-python-downloads "$1" 2>/dev/null ||
         find "${PYENV_ROOT:-$HOME/.pyenv}/versions" -path "*/$1.*/bin/python" 2>/dev/null | grep --max-count 1 .
 }
 
-# tests_on PYTHON RESOLUTION TEST...: run the tests in a new environment, from a copy of the package as it is installed.
+# tests_on PYTHON RESOLUTION TEST...: run the tests of this folder in a new environment with its dependencies.
 tests_on() {
     local python=$1 resolution=$2 venv=$scratch/leg
     shift 2
@@ -26,7 +26,7 @@ tests_on() {
     "$venv/bin/python" -m pytest -n auto -q "$@"
 }
 
-# other_environments TEST...: the minimum versions, and every other supported Python of this machine.
+# other_environments TEST...: the minimum versions, and every supported Python from 3.12 on this machine.
 other_environments() {
     step "the minimum versions of all direct dependencies"
     tests_on "$(command -v python)" lowest-direct "$@"

@@ -31,13 +31,13 @@ CASES = (
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all by default")
-    parser.add_argument("--rounds", type=int, default=7, help="how often each program runs (default: 7)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds (default: 7); some cases limit or multiply them")
     parser.add_argument("--quick", action="store_true", help="a tenth of the work, two rounds: to see that it runs")
     parser.add_argument("--out", type=Path, help="write sections and charts there, such as benchmarks/RESULTS.md")
     parser.add_argument("--bits", type=int, default=2048, choices=(1024, 2048, 4096), help="size of both RSA keys")
     parser.add_argument("--tls", action="store_true", help="serve over TLS")
-    parser.add_argument("--requests", type=int, default=1_000_000, help="length of the stream, rows of the journal")
-    parser.add_argument("--unpinned", action="store_true", help="do not keep each program on one processor")
+    parser.add_argument("--requests", type=int, default=1_000_000, help="length of stream, journal and queue")
+    parser.add_argument("--unpinned", action="store_true", help="let every program use all processors")
     default_cache = Path(tempfile.gettempdir()) / "lianlian-async-benchmarks"
     parser.add_argument("--cache", type=Path, default=default_cache, help="keeps the four-dependency environment")
     options = parser.parse_args()

@@ -11,10 +11,10 @@ from .runner import Spread
 
 _HEAD = """# Results
 
-`python -m benchmarks --out benchmarks/RESULTS.md` writes this file, one section for each case. Every figure is the
-median of several rounds, with minimum and maximum in brackets. A ratio is the median of the ratios of paired runs.
-Programs run in turns (A B A B …), each in a fresh process on one processor (with `--unpinned` on any), against a server
-process on another one, over loopback. In the tables, *ours* is this library, and *to reach* is the goal.
+`python -m benchmarks --out benchmarks/RESULTS.md` writes this file, one section for each case. A figure is the
+median of its rounds, with minimum and maximum in brackets. A ratio is the median of the ratios of paired runs.
+Programs run in turns (A B A B …), each in a fresh process, in most cases on one processor (with `--unpinned` on any).
+The server process runs on another one (loopback). In the tables, *ours* is this library, and *to reach* is the goal.
 """
 
 

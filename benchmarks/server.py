@@ -1,8 +1,8 @@
 """The gateway of the benchmarks: a minimal keep-alive HTTP/1.1 server with valid answers.
 
-Each apply is answered with a valid signature over its own number. Answers are signed before the first request, so
-that serving one costs next to nothing. The first ten refunds' signatures are verified, as proof that a
-program does the work. ``GET /stats`` tells what happened since the last time it was asked.
+Each apply is answered with a valid signature over its own number. The first ``--answers`` answers are signed before the
+first request, so that serving one costs little. The signatures of refunds R-0 to R-9 are verified, as proof that a
+program does the work. ``GET /stats`` returns the counts since the previous such request.
 """
 
 from __future__ import annotations

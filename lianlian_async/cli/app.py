@@ -1,7 +1,7 @@
 """The command group ``lianlian``.
 
-``commands``, ``batch.options`` and ``sandbox.options`` declare the commands, and import only click and
-light modules, so ``--help`` is fast. ``options.runs`` imports the module of a command when the command is executed.
+``help`` is declared here, the other commands in ``commands``, ``batch.options`` and ``sandbox.options``. These import
+only click and light modules, so ``--help`` is fast. ``options.runs`` imports a command's module when the command runs.
 """
 
 import json
@@ -28,8 +28,8 @@ Keep no_refund, dt_refund and money_refund. Never repeat the refund with another
 At `ask_again_at`, run `lianlian query`, or repeat the same `lianlian batch`, which queries the refund first.
 `lianlian batch` sends the refund again only if LianLian has no record 15 minutes after the last attempt.""",
     "journal": """\
-A journal records each refund before it is sent, and later its outcome. After a crash, run the same command again.
-One process uses a file: by default one in your application folder, else --journal PATH.
+A journal records each refund before it is sent, and later its outcome. After a crash, run the same batch again.
+One process at a time sends with a file: by default one in your application folder, else --journal PATH.
 Several processes share a journal in PostgreSQL. Put its URL into LIANLIAN_JOURNAL.
 `lianlian journal show` lists the oldest unknown refunds; `lianlian journal resume` tries to resolve all.
 Never delete a journal. If it is lost, wait 15 minutes after the last run: LianLian may show a
@@ -45,7 +45,7 @@ After SIGINT or SIGTERM, a worker finishes the refunds in flight and ends. A bat
 
 
 class _Program(click.Group):
-    """Converts errors of the library to exit codes."""
+    """Converts errors to exit codes."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse ``args``. Search for ``--json`` first: a usage error can be raised before click parses it."""
@@ -56,7 +56,7 @@ class _Program(click.Group):
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; print the library's errors without a traceback."""
+        """Run the command; print errors of the library and of the system without a traceback."""
         with _errors_shown(ctx):
             return super().invoke(ctx)
 

@@ -60,8 +60,8 @@ def query() -> None:
 def explain() -> None:
     """Show everything that a journal knows about one refund.
 
-    Shows the first 3 and the latest 6 facts, the outcome, and what to do next. The exit code depends on the outcome,
-    as it does for `lianlian apply`.
+    Shows the first 3 and the latest 6 events (the journal keeps no others), the outcome, and what to do next. The exit
+    code depends on the outcome, as it does for `lianlian apply`.
     """
 
 
@@ -92,7 +92,7 @@ def reconcile() -> None:
     metavar="PATH",
     type=options.any_file,
     help="File for a health check. A progress report updates the file's time if the database answers, unless refunds "
-    "are in flight and none has ended. If it is older than --deadline plus 30 s, the worker or the database hangs.",
+    "are in flight and none has ended. If the file is older than --deadline plus 30 s, worker or database hangs.",
 )
 @click.option(
     "--interval", metavar="SECONDS", type=options.Number(0.1, 20), default=10.0, help="Time between progress reports."
@@ -116,8 +116,8 @@ def worker() -> None:
 def doctor() -> None:
     """Check keys, connection, clock and journal.
 
-    Sends no refund. Queries a refund that was made: the signature of the answer shows whether LianLian's public key is
-    configured correctly. Exit codes: 0 no failure; 1 a failure.
+    Sends no refund. Queries a refund of the journal: the signature of the answer shows whether LianLian's public key
+    is configured correctly. Exit codes: 0 no failure; 1 a failure.
     """
 
 
@@ -209,7 +209,7 @@ def decide() -> None:
     """Record by hand whether a refund was made, for example when LianLian no longer answers.
 
     The decision is final: a refund that was decided as not-made is never sent again. The command refuses a decision
-    if LianLian has signed a final outcome, or while a call may be sending the refund.
+    if the outcome is final or decided already, if LianLian signed a rejection, or while a call may send the refund.
     """
 
 
@@ -220,8 +220,8 @@ def backup() -> None:
     """Copy a journal file to FILE, which must not exist.
 
     Other processes may use the journal meanwhile. FILE appears when the copy is complete. It can be read, but only
-    `lianlian journal restore` makes it a journal again. The inbox of notifications is not copied, so after a restore
-    on_refund may be called again for the same refund.
+    `lianlian journal restore` makes it a journal again. FILE lacks the inbox of notifications and later
+    returns of on_refund, so after a restore on_refund may be called again for a refund.
     """
 
 
@@ -274,5 +274,5 @@ def send() -> None:
 def verify_notification() -> None:
     """Verify a notification, and show its refund.
 
-    FILE is the body as received (- is stdin). It is verified as by an endpoint without a session.
+    FILE is the body as received (- is stdin). It is verified as by an endpoint without a session and a journal.
     """

@@ -48,7 +48,7 @@ class _Report:
         self.checks.append({"name": name, "text": text, "state": state, "cure": failure or warning})
 
     def fail(self, name: str, problem: LianLianError | str, cure: str) -> None:
-        """Add a failure with ``cure``, or with the cure that ``problem`` itself contains (``problem; cure``)."""
+        """Add a failure with the cure that ``problem`` contains (``problem; cure``), else with ``cure``."""
         text, _, own = str(problem).rpartition("; ")
         self.add(name, text or own, failure=own if text else cure)
 

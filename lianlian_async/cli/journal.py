@@ -177,7 +177,7 @@ class JournalReport(NamedTuple):
 
 
 async def read_journal(output: Output, place: str, earlier: JournalReport | None = None) -> JournalReport:
-    """Read the state of the journal at ``place``, and the rate of its queue since an ``earlier`` report.
+    """Read the state of the journal at ``place`` and of its queue; the rate is that since an ``earlier`` report.
 
     Unresolved refunds count as ``unknown`` if they may have been made, else as ``not_sent``. The ``ask_again_at`` of
     the oldest unknown ones assumes the default ``not_found_grace``.

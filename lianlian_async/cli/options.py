@@ -86,7 +86,7 @@ class Place(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
                 parts = urlsplit(place)
                 has_password = parts.password is not None or "password" in parse_qs(parts.query)
             except ValueError:
-                raise click.BadParameter("not a PostgreSQL URL") from None
+                raise click.BadParameter("is not a PostgreSQL URL such as postgresql://user@host/database") from None
             if has_password:
                 self.fail(
                     f"other processes can read a password on the command line: put the URL into {JOURNAL}, or the "
@@ -119,7 +119,7 @@ config_option = click.option(
     help="TOML file with the merchant's number, keys and URLs; by default the LIANLIAN_ environment variables.",
 )
 deadline_option = click.option(
-    "--deadline", metavar="SECONDS", type=Number(min=0, min_open=True), default=30.0, help="Time limit of a refund."
+    "--deadline", metavar="SECONDS", type=Number(min=0, min_open=True), default=30.0, help="Time limit of each call."
 )
 session_options: Final = add_options(
     click.option(

@@ -1,4 +1,4 @@
-"""Output of the command: results on stdout as tables or one JSON object, everything else on stderr."""
+"""Output of the command: results on stdout as text or JSON, everything else on stderr."""
 
 import csv
 import errno
@@ -119,7 +119,7 @@ class Output:
         return INTERRUPTED.exit_code
 
     def confirm(self, file: str, facts: Mapping[str, Any], question: str) -> None:
-        """Show ``facts``, ask ``question`` on stderr; raises ``click.Abort`` at no, ``KeyboardInterrupt`` at Ctrl-C."""
+        """Ask. Raises ``click.Abort`` at no, ``KeyboardInterrupt`` at Ctrl-C, a usage error if there is no terminal."""
         if file == "-" or sys.stdin is None or not sys.stdin.isatty():
             raise click.UsageError("no terminal to ask for confirmation: use --yes or --dry-run; nothing was sent")
         self._stderr.print(*tables({"": {"file": file, **facts}}))
@@ -153,7 +153,7 @@ class Output:
 
         Notes appear above the bar. A call with a new total adds no step; if there is no bar, it prints a line.
         """
-        # The bar is green: yellow and red mark unknown refunds and errors.
+        # The bar is green: yellow marks unknown refunds, red all others that were not made.
         bar = BarColumn(20, complete_style="green", pulse_style="green")
         progress = Progress(bar, _Pace(), console=self._stderr)
         progress.add_task("", total=total)
@@ -200,7 +200,7 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) 
 
 
 def tables(parts: Mapping[str, Mapping[str, object]]) -> Iterator[Table]:
-    """Yield a table of names and values for each part of a JSON document; skip None and empty parts."""
+    """Yield a table of names and values for each part of a JSON document; skip None values and empty parts."""
     for title, part in parts.items():
         if rows := [(name.replace("_", " "), value) for name, value in part.items() if value is not None]:
             yield table(title, ("", ""), rows)

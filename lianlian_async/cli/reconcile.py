@@ -24,11 +24,11 @@ from .stores import find_journal, make_journal, open_reader
 
 _MEANING: Final = {
     Verdict.AGREES: "in both",
-    Verdict.AMOUNT_DIFFERS: "in both, with different amounts; `lianlian explain` shows that of the journal",
+    Verdict.AMOUNT_DIFFERS: "in both, with different amounts; `lianlian explain` shows the journal's amount",
     Verdict.NOT_IN_JOURNAL: "in a statement, but not made according to the journal; ask who made it",
     Verdict.TWICE_IN_STATEMENT: "more than once in the statements; ask LianLian",
     Verdict.MISSING_IN_STATEMENT: "only in the journal; ask LianLian",
-    Verdict.UNKNOWN_PROVED: "in a statement, but unknown in the journal; use --apply",
+    Verdict.UNKNOWN_PROVED: "in a statement, but unresolved in the journal; use --apply",
     Verdict.OUTSIDE_PERIOD: "only in the journal; the statement of its day or of the next day was not given",
 }
 
@@ -98,7 +98,7 @@ async def _compare(found: Reconciliation, place: str, output: Output) -> None:
 
 
 async def _apply(found: Reconciliation, merchant: Merchant, place: str, output: Output) -> None:
-    """Query the refunds that are in a statement but unknown in the journal. Never send a refund again."""
+    """Query the refunds that are in a statement but unresolved in the journal. Send no refund."""
     proved = frozenset(found.numbers[Verdict.UNKNOWN_PROVED])
 
     async def ask(entry: Entry) -> None:

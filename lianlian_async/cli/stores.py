@@ -44,7 +44,7 @@ def make_reader(place: str) -> SqliteReader | Journal:
 
 @asynccontextmanager
 async def open_reader(place: str, warn: Callable[[str], object]) -> AsyncGenerator[Journal]:
-    """Open the journal at ``place`` for reading. ``warn`` gets the reason if no refund would be sent with it."""
+    """Open the journal at ``place`` for reading. ``warn`` gets the reason if this journal cannot be used to send."""
     async with make_reader(place) as reader:
         if isinstance(reader, SqliteReader) and reader.problem:
             warn(f"warning: {place}: {reader.problem}")
@@ -102,8 +102,8 @@ _CONTAINER_FILES: Final = (Path("/.dockerenv"), Path("/run/.containerenv"))
 _HOME: Final = "HOME" if os.name == "posix" else "LOCALAPPDATA"
 _NAME_IT: Final = f"name the journal with --journal or {JOURNAL}: a file on a persistent disk, or postgresql://…"
 _LOST: Final = (
-    "if that is not possible, wait 15 minutes after the last run, then use --accept-new-journal --query-first, but "
-    "--journal DSN instead of --queue; each refund is then queried before it is sent"
+    "if that is not possible, wait 15 minutes after the last run, then use --accept-new-journal --query-first, and "
+    "--journal DSN in place of --queue; each refund is then queried before it is sent"
 )
 
 
@@ -169,8 +169,8 @@ class Receipt:
 
         Raises a usage error if an earlier run has used --query-first, but this one does not; or if the file was sent
         with another journal or to another https host before, or the receipt is unreadable, unless ``accept_new`` is
-        true and ``grace`` seconds have passed since the last send: the gateway may show it late. A sandbox has no
-        https, and another path is another product with other orders.
+        true and ``grace`` seconds have passed since the last send: the gateway may show this refund late. A sandbox
+        has no https, and another path is another product with other orders.
         """
         problem, others = "", list[Receipt]()
         try:
@@ -195,7 +195,7 @@ class Receipt:
                 elif one.journal != self.journal:
                     problem = (
                         f"{path}: until {one.sent_until} this file was sent with the journal {one.place}. The journal "
-                        f"{self.place} may not know its refunds: use the first journal"
+                        f"{self.place} may not know the refunds of this file: use the first journal"
                     )
                 elif one.query_first and not self.query_first:
                     raise click.UsageError(

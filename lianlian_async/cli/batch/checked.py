@@ -89,7 +89,7 @@ class Notes:
 
 
 class Checked:
-    """The valid refunds, in the order of the file.
+    """The lines of a file, in its order: valid refunds, and lines that cannot be sent.
 
     A temporary SQLite database stores them, so an edit of the input file cannot change what is sent after the check.
     """
@@ -214,7 +214,7 @@ class Checked:
             yield _line_of(*row)
 
     def unsent_lines(self) -> Iterator[tuple[int, dict[str, str] | None, dict[str, str], str]]:
-        """Yield line, fields, cells and problem of each line that is not sent. The calling thread reads from disk.
+        """Yield line, fields, cells and problem of each line not to be sent. The calling thread reads from disk.
 
         The fields are None if the line is invalid. Otherwise the line repeats another one.
         """

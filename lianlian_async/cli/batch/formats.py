@@ -77,7 +77,7 @@ def money_reader(form: str) -> Callable[[str], str]:
 
 
 def _plain(parse: Callable[[str], object], option: str) -> Callable[[str], str]:
-    """Return a function that returns a text in wire form; else it raises ``ValueError`` that names the option."""
+    """Return a function that returns its text if it is in wire form; else its ``ValueError`` names ``option``."""
 
     def read(text: str) -> str:
         try:

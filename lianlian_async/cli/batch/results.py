@@ -103,7 +103,7 @@ def result_of(line: Line, outcome: Outcome) -> dict[str, Any]:
 def other_results(
     checked: Checked, last_begun: int = 0, in_flight: Mapping[str, Line] = MappingProxyType({})
 ) -> Iterator[dict[str, Any]]:
-    """Yield the result lines without an outcome: invalid and repeated lines, refunds in flight, those not begun."""
+    """Yield the result lines of lines that were not sent, of refunds in flight, and of refunds that were not begun."""
     for number, fields, cells, problem in checked.unsent_lines():
         if fields is None:
             advice = f"correct the line, then {_RUN_AGAIN}"
@@ -117,7 +117,7 @@ def other_results(
 
 
 def _result(line: int, fields: Mapping[str, str], cells: Mapping[str, str]) -> dict[str, Any]:
-    # A non-empty cell of the file replaces the request's field of the same name.
+    # A non-empty cell replaces the request's field of the same name, unless its column is in _OURS.
     own = {column: text for column, text in cells.items() if text and column not in _OURS}
     return {**fields, **own, "line": line}
 

@@ -35,7 +35,7 @@ _TICK: Final = 0.01
 _ORDER: Final = Decimal("100.00")
 """Amount of each order in yuan. Every 25th refund is larger, so the gateway rejects it."""
 _TIMES_MADE: Final[Mapping[ExitOutcome | None, tuple[int, ...]]] = {MADE: (1,), UNKNOWN: (0, 1), INTERRUPTED: (0, 1)}
-"""How many times the gateway may have made a refund, by outcome; otherwise never."""
+"""How many times the gateway may have made a refund, by outcome; with any other outcome, never."""
 
 
 def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurrency: int, bits: str) -> int:

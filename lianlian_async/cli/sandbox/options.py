@@ -68,7 +68,7 @@ def _read_faults(_ctx: click.Context, _option: click.Parameter, values: Iterable
     metavar="YUAN",
     default="10000.00",
     callback=parsed(wire.parse_money),
-    help="Amount of each order.",
+    help="Amount of each order without --orders.",
 )
 @click.option(
     "--orders",
@@ -113,5 +113,5 @@ def demo() -> None:
     """Make refunds at a faulty gateway, and check its ledger.
 
     The gateway is a fake: it loses, delays and forges responses, and makes a refund twice if the client sends it
-    twice. Exit code 0 if its ledger confirms every outcome, 1 if not.
+    twice. Exit code 0 if the ledger confirms every outcome, 1 if not.
     """
