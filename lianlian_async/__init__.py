@@ -8,7 +8,7 @@ The ideas:
 3. After *maybe sent*, the call queries the refund. If the outcome stays unknown, it raises ``RefundOutcomeUnknown``.
 4. The protocol and the retry policy do no I/O. Time and random numbers are their arguments.
 5. Signing, file access and database access of a session or endpoint never block the event loop.
-6. Safety depends on elapsed time. Within one boot the boot clock measures it, because nobody can set that clock. Only
+6. Safety depends on elapsed time. Within one boot the boot clock measures it, between machines PostgreSQL's clock. Only
    the holder of a refund's lease may send it. The lease is checked right before the write (exceptions: ``transport``).
 7. When a background task ends, whatever the cause, no call waits for it any longer.
 
@@ -18,8 +18,7 @@ The modules, from the lowest layer up. No module imports from a higher layer; im
 - ``codes``, ``errors``: the return codes and the error tree. ``clock``: timestamps, and the time between them.
   ``asgi``, ``background``, ``lifecycle``, ``secret``, ``settings``, ``version``: small helpers.
 - ``wire``, ``text_rules``: wire formats, rules for strings. ``signing``: keys and signatures. ``key_files``: finds key
-  text; ``signing`` decrypts it.
-  ``events``: the events that listeners receive.
+  text; ``signing`` decrypts it. ``events``: the events that listeners receive.
 - ``identity``: compares a record with a request. ``models``: checked requests, and refunds. ``retry``: when to
   retry. ``logs``: delivers events to listeners and to the log. ``merchant``: the merchant's number, keys and endpoints.
 - ``exchange``, ``outcome``: value types of one exchange and of a refund's outcome. ``unknown_form``: an unknown outcome
@@ -42,11 +41,12 @@ The words:
 
 - *slot*: what a call needs to use a connection of its session. *flight*: the task that makes one refund for all
   concurrent calls. *case*: one refund whose outcome is open, with the evidence so far.
-- *attempt*: one apply request. *lease*: only its holder may send a refund, and only until it ends.
+- *attempt*: one apply request; in the retry policy, the middleware and the events also one query. *lease*: only its
+  holder may send a refund (in an inbox: call the handler), and only until it ends.
 - *unresolved*: an entry of a journal without an outcome. *open*: unresolved, or accepted but not final.
-- *refused*: answered *duplicate* or *in progress*, so that only a record with all three fields is a proof.
-- *grace*: how long "no such record" is not believed after a send. *canary*: a refund that was made; the query service
-  must find it before "no such record" is believed. *era*: a period whose times by PostgreSQL's clock are comparable.
+- *refused*, of a refund: answered *duplicate* or *in progress*, so that only a record with all three fields is a proof.
+- *grace*: how long "no such record" is not believed after a send. *canary*: a refund that was made; if the journal has
+  one, the query service must find it before "no such record" is believed. *era*: a period of PostgreSQL's clock.
 
 Where to start: follow one refund from ``session.RefundSession.apply_refund`` through ``flight.Flights``,
 ``recording.keep``, ``resolution.resolve``, ``middleware`` and ``transport.sender`` to the socket, and back through

@@ -124,7 +124,7 @@ def _find(content: bytes, *, private: bool) -> list[bytes] | str:
 
 
 def _block(label: str, body: str) -> bytes | None:
-    """Return one PEM block as DER, or as PEM with repaired line breaks; None if it is damaged."""
+    """Return one PEM block as DER, or as PEM with its base64 in one line; None if it is damaged."""
     if headers := _DEK_INFO.fullmatch(body):
         cipher, vector, body = headers.groups()
         return _pem(label, f"Proc-Type: 4,ENCRYPTED\nDEK-Info: {cipher},{vector}\n\n", body)
@@ -174,8 +174,8 @@ def _read(material: KeyMaterial, name: str) -> bytes:
     except (ValueError, RuntimeError):  # an invalid character, or ~name for an unknown user
         reason = "not a usable path"
     if re.search(r"[\t\n\r\b\f]", str(path)):
-        reason = "it contains a control character, perhaps from a backslash: write / instead of it, or two"
-    # Raised outside the except clause, because the OSError would be its context and quotes the path, maybe key text.
+        reason = "it contains a control character, perhaps from a backslash: write / or two backslashes"
+    # Raised outside the except clause: its context would be the OSError, which quotes the path (perhaps key text).
     raise ConfigurationError(f"{name}: {shown} is not a PEM, DER or base64 key, and not a readable file ({reason})")
 
 
@@ -207,5 +207,5 @@ def _announced_length(der: bytes) -> int:
         return 2
     if der[1] < 0x80:
         return 2 + der[1]
-    width = min(der[1] & 0x7F, 4)  # a damaged key may announce more: a message would show its bytes
+    width = min(der[1] & 0x7F, 4)  # a damaged key may announce more: messages would show key bytes as a length
     return 2 + width + int.from_bytes(der[2 : 2 + width])

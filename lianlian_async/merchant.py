@@ -29,7 +29,7 @@ def _shown(value: object) -> str:
 
 
 def _endpoint(value: str, name: str) -> str:
-    """Check and normalize a URL (RFC 3986 §6.2): journals and receipts compare endpoints as text."""
+    """Check and normalize a URL (RFC 3986 §6.2): journals and the receipts of batches compare it as text."""
     try:
         text_rules.url(value)
     except ValueError as error:
@@ -52,8 +52,8 @@ class Endpoints:
     """The two URLs of the gateway. The defaults are those of the cross-border product on LianLian's API pages.
 
     For the domestic product, ``apply`` is ``https://traderapi.lianlianpay.com/refund.htm``. An http URL is allowed only
-    for this machine. No URL may contain a password. Equivalent spellings of a URL (case of the host, ``:443``, an empty
-    query) are stored as one.
+    for this machine. No URL may contain a user name or password. Equivalent spellings of a URL (case of the host,
+    ``:443``, an empty query) are stored as one.
     """
 
     apply: str = "https://traderapi.lianlianpay.com/exchangerefund.htm"
@@ -93,8 +93,8 @@ def _hidden_keys(
 class Merchant:
     """A merchant's identity and keys. Neither the repr nor ``attrs.asdict`` shows key material.
 
-    A key is PEM, DER or bare base64 (str or bytes), a path, or a loaded key. Keys are read by :meth:`load_keys`, which
-    a session calls in a thread when it opens: a wrong key raises an error only then. During a key rotation, give both
+    A key is PEM, DER or bare base64 (str or bytes), a path, or a loaded key. A session or endpoint calls
+    :meth:`load_keys` in a thread when it opens: a wrong key raises an error only then. During a key rotation, give both
     keys of the gateway. Raises :class:`~lianlian_async.ConfigurationError` with the name of the wrong setting.
     """
 
@@ -200,15 +200,15 @@ class Merchant:
             ) from None
         table = document.get("lianlian", document)
         if not isinstance(table, dict):
-            raise ConfigurationError(f"{file}: lianlian must be a table")
+            raise ConfigurationError(f"{file}: lianlian must be a table: write [lianlian] above the settings")
         unknown = sorted(set(table) - set(_SETTINGS))
         if unknown:
-            raise ConfigurationError(f"{file}: unknown setting {', '.join(unknown)}")
+            raise ConfigurationError(f"{file}: unknown setting {', '.join(unknown)}; known: {', '.join(_SETTINGS)}")
         return cls._from_settings(table, lambda name: f"{file}: {name}", folder=file.parent)
 
     @classmethod
     def _from_settings(cls, given: Mapping[str, Any], name: Callable[[str], str], folder: Path | None) -> Self:
-        """Return the merchant. Key paths are relative to ``folder``; ``name`` names the settings in messages."""
+        """Return the merchant. Key paths are relative to ``folder``; ``name`` returns a setting's name in messages."""
         missing = [name(setting) for setting in _REQUIRED if not given.get(setting)]
         if missing:
             raise ConfigurationError("missing: " + ", ".join(missing))

@@ -1,4 +1,4 @@
-"""Requests and refunds as frozen attrs classes. Requests are validated when they are created.
+"""Requests and refunds as frozen attrs classes. A new request is validated when it is created.
 
 Field names and lengths come from LianLian's apply and query pages.
 """
@@ -76,7 +76,7 @@ def _wire_text(value: object) -> str:
 
 
 class _Request:
-    """The common part of both requests: the checks, the wire form, and that one of the fields ``_either`` is given."""
+    """The common part of both requests: the checks, and the wire form. One of the fields ``_either`` is required."""
 
     __slots__ = ()
     _rules: ClassVar[Rules]
@@ -126,7 +126,7 @@ class _Request:
         """Return the request that :meth:`to_dict` wrote into a journal or a queue, without checking it again.
 
         A release with stricter rules must still be able to query earlier refunds. Raises ``InvalidRequest`` only for a
-        missing or unknown field, an invalid amount or time, or a string that cannot be stored.
+        wrong type, a missing or unknown field, an invalid amount or time, or a string that cannot be stored.
         """
         return cls.__new__(cls)._set(data, _RECORDED)  # noqa: SLF001 - of this class
 
@@ -264,7 +264,7 @@ def _read_only(fields: Mapping[str, str]) -> Mapping[str, str]:
 class RefundRecord:
     """A refund's record, from a verified answer or notification, or from an unsigned source (``evidence``).
 
-    A field that the record lacks has the request's value, or None if the request is not known or lacks it, too.
+    A field that the message lacks has the request's value, or None if the request is not known or lacks it, too.
     Success means that the bank accepted the refund, not that the customer has received the money.
     """
 
@@ -274,7 +274,7 @@ class RefundRecord:
     oid_partner: str | None = None
     no_refund: str | None = None
     dt_refund: datetime | None = None
-    """In UTC+8; None only if the record lacks it and the request is not known."""
+    """In UTC+8; None if neither the message nor the request has a readable one."""
     money_refund: Decimal | None = None
     """Yuan (CNY)."""
     money_foreign_refund: Decimal | None = None
@@ -353,7 +353,7 @@ class RefundRecord:
         return {name: _wire_text(getattr(self, name)) for name in names if getattr(self, name) is not None}
 
     def query(self) -> RefundQuery:
-        """Return the query about this refund. Raises ``InvalidRequest`` if its ``dt_refund`` is unknown."""
+        """Return the query about this refund. Raises ``InvalidRequest`` without a ``dt_refund`` or without a number."""
         known = {name: getattr(self, name) for name in _defaults(RefundQuery)}
         if self.no_refund is not None:
             del known["oid_refundno"]

@@ -16,7 +16,7 @@ from .signing import signature_source
 
 
 class Protocol(NamedTuple):
-    """LianLian's refund protocol for one merchant. :meth:`seal` and :meth:`read` do RSA operations."""
+    """LianLian's refund protocol for one merchant. Signing, verifying and reading do RSA operations."""
 
     merchant: Merchant
     keys: Keys
@@ -93,7 +93,7 @@ class Protocol(NamedTuple):
         return refund
 
     def _verified(self, fields: Mapping[str, str]) -> bool:
-        """Return True if the gateway signed ``fields``, and False for an error answer without a signature."""
+        """Return True for a valid signature, False for an unsigned error answer; else raise ``SignatureInvalid``."""
         if fields.get("sign"):
             self._check_signature(fields, f"answer {fields['ret_code']}")
             return True

@@ -34,7 +34,7 @@ class Secret(Generic[T]):
 
 
 def without_locals(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate ``function``: if it raises, clear the local variables of every frame in the tracebacks of the error.
+    """Decorate ``function``: if it raises, clear the local variables of its frames in the tracebacks of the error.
 
     An error raised ``from None`` also loses its context, whose text may quote a secret.
     """

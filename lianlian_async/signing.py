@@ -22,7 +22,7 @@ from .key_files import PRIVATE_KEY_GIVEN, KeyMaterial, diagnose, read_keys
 from .secret import without_locals
 
 BACKEND = os.environ.get("LIANLIAN_SIGNING_BACKEND") or ("openssl" if find_spec("cryptography") else "pycryptodome")
-"""The signing backend: ``pycryptodome``, or ``openssl`` (extra ``fast``), several times faster.
+"""The signing backend: ``pycryptodome``, or ``openssl`` (extra ``fast``), which is several times faster.
 
 The default is OpenSSL if ``cryptography`` is installed; the environment variable ``LIANLIAN_SIGNING_BACKEND`` overrides
 it. Without this variable, pycryptodome is used if OpenSSL refuses MD5 or a key (FIPS mode).
@@ -81,7 +81,7 @@ def _openssl(rsa: RSA.RsaKey) -> _Scheme:
 
 
 def _scheme(rsa: RSA.RsaKey) -> _Scheme:
-    """Return how to sign and verify with ``BACKEND``."""
+    """Return how to sign and verify (see ``BACKEND``)."""
     if BACKEND == "pycryptodome":
         return _pycryptodome(rsa)
     if BACKEND != "openssl":
@@ -127,7 +127,7 @@ class SigningKey(_Key):
     def load(cls, material: KeyMaterial, password: str | bytes | None = None, *, name: str = "private key") -> Self:
         """Return the key in ``material`` (PEM, DER, bare base64 or a path); ``password`` decrypts it.
 
-        It may read a file, and takes milliseconds: call it before the event loop runs, or in a thread. Raises
+        Loading may read a file, and takes milliseconds: call this before the event loop runs, or in a thread. Raises
         :class:`ConfigurationError` if there is no usable key; the message calls the key ``name``.
         """
         rsa = _load(material, password, name, private=True)
@@ -139,7 +139,7 @@ class SigningKey(_Key):
 
     @classmethod
     def generate(cls, bits: int = 2048) -> Self:
-        """Return a new key of ``bits`` (1024, 2048 or 4096). It can take seconds: do not call it on an event loop."""
+        """Return a new key of ``bits`` (1024, 2048 or 4096). This can take seconds: do not call it on an event loop."""
         if not isinstance(bits, int) or bits not in (1024, 2048, 4096):
             raise ConfigurationError(f"bits: the gateway accepts keys of 1024, 2048 or 4096 bits, not {bits}")
         return cls(RSA.generate(bits))
@@ -167,7 +167,7 @@ class SigningKey(_Key):
 
 
 class VerifyingKey(_Key):
-    """A public key: LianLian's, which verifies its messages, or the merchant's, which LianLian's dashboard needs."""
+    """LianLian's public key, which verifies its messages, or the merchant's, which LianLian's dashboard needs."""
 
     __slots__ = ()
 

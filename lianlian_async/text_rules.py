@@ -1,4 +1,4 @@
-"""Validate the string fields of a request: identifiers and URLs.
+"""Validate strings: identifiers and URLs.
 
 Each check returns the given string, as a plain ``str``, or raises ``ValueError``, whose message is the broken rule; the
 caller adds the name of the field.
@@ -41,7 +41,7 @@ def existing(value: object, longest: int) -> str:
 
 
 def new_number(value: object) -> str:
-    """Check the number of a new refund: 32 letters, decimal digits and visible ASCII, in Unicode's form NFKC."""
+    """Check the number of a new refund: at most 32 letters, decimal digits and visible ASCII, NFKC-normal."""
     text = existing(value, 32)
     for character in text:
         if not ("!" <= character <= "~" or character.isalpha() or character.isdecimal()):
@@ -72,7 +72,7 @@ def url(value: object, longest: int = 2000) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether ``host`` is this machine. Names are not looked up: only ``localhost`` is."""
+    """Return whether ``host`` is this machine: a loopback address, or ``localhost``. No name is looked up."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

@@ -65,7 +65,7 @@ def decode(body: bytes) -> dict[str, str]:
         if not isinstance(value, str):
             raise MalformedMessage(f"the value of {key[:32]!r} is not a string")
     text = "".join((*fields, *fields.values()))
-    if "\0" in text:  # PostgreSQL stores none: one answer would make the writes of all other refunds in its batch fail
+    if "\0" in text:  # PostgreSQL stores none: one answer would make the writes of other refunds fail, too
         raise MalformedMessage("NUL in a string")
     try:
         text.encode()

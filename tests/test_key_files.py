@@ -141,7 +141,7 @@ def test_the_path_of_a_key_may_be_quoted(tmp_path):
     (tmp_path / "a.pem").write_text(PAIR.private_pem)
     for quote in "'\"":
         assert SigningKey.load(f"{quote}{tmp_path / 'a.pem'}{quote}").bits == 1024
-    assert "it contains a control character, perhaps from a backslash: write / instead of it, or two" in reason(
+    assert "it contains a control character, perhaps from a backslash: write / or two backslashes" in reason(
         "C:\temp\new.pem"
     )
 

@@ -552,7 +552,10 @@ def test_missing_settings_are_named_together(tmp_path):
 def test_unknown_settings_are_named(tmp_path):
     """A misspelt setting is an error."""
     file = write_toml(tmp_path, **SETTINGS, notify_ulr="https://shop.example", verify="true")
-    assert message_of(lambda: Merchant.from_toml(file)) == f"{file}: unknown setting notify_ulr, verify"
+    assert message_of(lambda: Merchant.from_toml(file)) == (
+        f"{file}: unknown setting notify_ulr, verify; known: oid_partner, private_key, gateway_public_keys, "
+        "private_key_password, apply_url, query_url, notify_url"
+    )
 
 
 def not_toml(place):
@@ -566,7 +569,7 @@ def not_toml(place):
     ("content", "words"),
     [
         (f"a = {'[' * 2000}".encode(), not_toml("")),
-        (b"lianlian = 5", "lianlian must be a table"),
+        (b"lianlian = 5", "lianlian must be a table: write [lianlian] above the settings"),
         (b'# keys\nprivate_key = "' + OURS.private_pem.encode() + b'"', not_toml(" (at …)")),
         (b"private_key = " + OURS.private_pem.encode(), not_toml(" (at …)")),
         (b'oid_partner = "1"\nprivate_key_password = "hunter2\n', not_toml(" (at …)")),
