@@ -3,19 +3,19 @@
 LianLianError
 ├── ConfigurationError      a key or setting is unusable (also a ValueError)
 ├── InvalidRequest          a field breaks the gateway's rules (also a ValueError)
-├── RefundNotSent           certainly not sent: safe to send again
-├── RefundRejected          apply only: the gateway rejected it; ``may_pass``: the cause is temporary
-├── RefundNotFound          query only: the gateway has no such record
+├── RefundNotSent           apply only: no request of the call arrived; it is safe to send the refund again
+├── RefundRejected          apply only: the gateway rejected the refund; ``may_pass``: the cause is temporary
+├── RefundNotFound          query only: the gateway has no such record at this moment
 ├── QueryRejected           query only: the gateway rejected the query; proves nothing about the refund
 ├── RefundOutcomeUnknown    the refund may have been made; contains everything needed to query it again
 ├── GatewayUnavailable      query only: no usable answer in time
-├── RefundNotFinal          waiting only: made, but its status can still change
+├── RefundNotFinal          waiting only: the refund was made, but its status can still change
 ├── RefundConflict          the same no_refund has other content or another outcome
 ├── SignatureInvalid        an answer or notification is not validly signed by LianLian
-├── AnswerMismatch          belongs, or may belong, to another request or merchant
-├── MalformedMessage        violates the protocol: HTTP status not 200, not JSON, too big …
+├── AnswerMismatch          a message belongs, or may belong, to another request or merchant
+├── MalformedMessage        a message violates the protocol: HTTP status not 200, not JSON, too big …
 ├── JournalError            the journal failed; a refund that is not recorded is not sent
-└── BatchStopped            a batch or worker stopped: further refunds would fail for the same cause
+└── BatchStopped            a batch or worker stopped: further refunds would probably fail for the same cause
 
 Every error can be pickled, so a worker process can return it. No error contains key material. ``last_exchange``
 identifies the HTTP exchange for LianLian's support; None: no exchange of this call caused the error.
@@ -194,10 +194,10 @@ class RefundOutcomeUnknown(LianLianError):
     ``await session.resolve(error)``. It queries the refund, and signs and sends it again only if the gateway still
     has no record ``RetryPolicy.not_found_grace`` seconds after the last attempt that may have arrived.
 
-    ``attempts`` and ``queries`` are the numbers of this call's requests. ``sent_at`` is the latest time at which the
-    gateway may have received an attempt; if another call holds the lease, it is the end of that lease. ``moment`` is
-    the same time by the wall clock, the boot clock and the gateway's clock. ``last_error`` describes the last failure,
-    and ``reason`` is its kind, without details of the refund, so that errors can be counted by reason. ``refused`` is
+    ``attempts`` and ``queries`` are the numbers of requests of this call and of concurrent calls. ``sent_at`` is the
+    latest time at which the gateway may receive an attempt; if another call holds the lease, it is the end of that
+    lease. ``moment`` is the same time by all clocks that are known. ``last_error`` describes the last failures, and
+    ``reason`` is their kind, without details of the refund, so that errors can be counted by reason. ``refused`` is
     set if no attempt can have made the refund and the last answer was *duplicate* or *in progress*: the
     :class:`RefundRejected` of this answer. Then the ``no_refund`` may belong to another refund. ``request`` is the
     :class:`~lianlian_async.RefundRequest`, ``body`` the signed bytes (may be empty), ``oid_partner`` the merchant,
@@ -249,7 +249,7 @@ class RefundOutcomeUnknown(LianLianError):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "RefundOutcomeUnknown":
-        """Return the error that :meth:`to_dict` wrote. Raises ``InvalidRequest`` for a wrong or missing field."""
+        """Return the error that :meth:`to_dict` wrote. Raises ``InvalidRequest`` if a field is wrong or missing."""
         error: RefundOutcomeUnknown = import_module(".unknown_form", __package__).from_dict(data)
         return error
 
@@ -342,7 +342,7 @@ class BatchStopped(LianLianError):
     """A batch or worker stopped, because further refunds would probably fail for the same cause.
 
     ``cause`` is a :class:`RefundRejected`; or a :class:`SignatureInvalid`, if the answers about several refunds in a
-    row had no valid signature: a key is probably wrong. The batch has yielded the outcome of every refund that it sent.
+    row had invalid signatures: a key is probably wrong. The batch has yielded the outcome of every refund that it sent.
     With ``keep_going=True`` it continues after a rejection.
     """
 

@@ -3,11 +3,11 @@
 A listener is a function that is called with each event, on the event loop: it must not block, and must not be async.
 It may return a context manager, which is entered at once. After ``CallBegan``, ``AttemptBegan`` and ``Paused``, it
 exits when the call, attempt or pause has ended, later than ``CallEnded`` and ``AttemptEnded`` are reported. After every
-other event it exits at once. Both run in the task that reports the event.
+other event it exits at once. Listener and context manager run in the task that reports the event.
 
 An exception in a listener does not affect the refund. Of each listener, the log shows only the first exception and the
 first run of more than 10 ms. No event contains a key, a signature or a message body. If concurrent calls share one
-refund, each reports its own ``CallBegan`` and ``CallEnded``; only the first call reports the other events.
+refund, each reports its own ``CallBegan`` and ``CallEnded``; the other events are reported once.
 """
 
 from collections.abc import Callable
@@ -61,8 +61,8 @@ class Leased(Event):
 class AttemptBegan(Event):
     """A ``request`` is about to be sent: ``apply``, or a ``query`` about this refund or another one (the canary).
 
-    ``attempt`` counts from 1 in each call: apply requests, queries, canary queries. ``url`` contains no query
-    string. A listener may add request headers, such as ``traceparent``, to ``headers``.
+    ``attempt`` counts from 1 in each call, separately for apply requests, queries and each canary. ``url`` contains no
+    query string. A listener may add request headers, such as ``traceparent``, to ``headers``.
     """
 
     request: str

@@ -47,7 +47,7 @@ async def _always() -> bool:
 
 @attrs.frozen(kw_only=True)
 class Exchange:
-    """One request to the gateway: every attempt sends the same signed bytes."""
+    """One request to the gateway: every retry sends the same signed bytes."""
 
     call: Call
     url: str
@@ -125,7 +125,7 @@ class Finding(Enum):
 class Reply:
     """The result of an exchange: a ``refund`` if :attr:`Finding.FOUND`, else the ``error`` that explains the finding.
 
-    A wrong combination or type raises ``ValueError``, because a user's middleware may create a reply.
+    A wrong combination raises ``ValueError``, because a user's middleware may create a reply.
     """
 
     finding: Finding

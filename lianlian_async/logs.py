@@ -1,7 +1,7 @@
 """Deliver events to listeners, and to the logger ``lianlian_async``: one line for the outcome of each refund call.
 
 A refund that was made is logged at INFO, a refund call that failed at WARNING, and so is a query that finds a conflict.
-All other events, such as requests, queries, pauses and cancellations, are logged at DEBUG.
+All other events, except the beginnings of calls and requests, are logged at DEBUG.
 ``record.event_name`` is the type of the event (:mod:`lianlian_async.events`); the event's fields are attributes of the
 record. A session shows the lines on stderr if the environment variable ``LIANLIAN_LOG`` is ``info`` or ``debug``. For
 JSON lines, set up ``logging`` or structlog::

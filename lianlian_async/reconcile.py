@@ -4,7 +4,7 @@ The input is lines of text and journal entries, the output is a verdict for each
 temporary SQLite file, so that memory grows by little more than a byte per agreeing row. All methods block their thread.
 
 A statement is not signed, and no public sample of a refund row exists. So a row counts only if every column that is
-used has its documented form. Other rows are reported with their line; no column is guessed.
+used has its documented form. Rows that lack it are reported with their line; no column is guessed.
 """
 
 import re
@@ -79,7 +79,7 @@ class _Layout(NamedTuple):
         for field, known in _HEADER.items():
             if not (found := [name for name in known if name in names]):
                 wanted = f"a row of {_DOMESTIC.width} columns nor a header with {' or '.join(known)}"
-                raise StatementError(f"{place}: neither {wanted}")
+                raise StatementError(f"{place}: is neither {wanted}")
             columns[field] = names.index(found[0])
         if "money_refund" in names:
             del columns["currency"]
@@ -158,7 +158,7 @@ class Reconciliation:
         if summary is not None and len(self.unreadable) == unreadable:
             totals = _SUMMARY.fullmatch(summary.strip())
             if totals is None or [Decimal(text or 0) for text in totals.groups()] != sums:
-                raise StatementError(f"{name}: {sums[0]} refunds, sum {sums[1]} yuan, but its JYMXSUM says {summary!r}")
+                raise StatementError(f"{name}: {sums[0]} refunds sum to {sums[1]} yuan, but JYMXSUM says {summary!r}")
 
     def _rows(self, name: str, lines: Iterable[str], sums: list[Decimal]) -> Iterator[tuple[str, ...]]:
         layout = None
@@ -239,7 +239,7 @@ def _verdict(entry: Entry, ours: Mapping[str, str], record: Mapping[str, str]) -
 
 
 def _statement_day(entry: Entry) -> date | None:
-    """Return the day of the statement that must contain the refund; None if it is not final, not made, or failed."""
+    """Return the day whose statement, or the next one, must have the refund; None: not final, not made, or failed."""
     record = entry.ending.record if entry.ending is not None else {}
     if entry.state not in (State.FINAL, State.DONE) or record.get("sta_refund") == RefundStatus.FAILED:
         return None

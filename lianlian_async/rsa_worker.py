@@ -60,7 +60,7 @@ class RsaWorker:
     async def seal(self, fields: Mapping[str, str]) -> bytes:
         """Sign ``fields`` in the thread, and return the JSON to send.
 
-        One caller starts a round, in which the thread signs for all waiting callers; then the next one does.
+        One caller starts a round, in which the thread signs for waiting callers; then another caller does.
         """
         job = _Job(fields)
         self._jobs.append(job)
@@ -108,7 +108,7 @@ class RsaWorker:
         self._call_soon(partial(_wake, done))
 
     async def check(self, read: Callable[..., T], *arguments: Any) -> T:
-        """Return ``read(*arguments)``, which verifies one signature, on the event loop or in the thread."""
+        """Return ``read(*arguments)``, which verifies signatures, on the event loop or in the thread."""
         if self._verify_inline:
             return read(*arguments)
         return await anyio.to_thread.run_sync(read, *arguments, limiter=self._limiter)

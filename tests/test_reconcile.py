@@ -227,7 +227,7 @@ def test_another_currency_and_another_number_of_columns_cannot_be_read():
 )
 def test_a_file_in_which_a_column_cannot_be_found_is_no_statement(header, missing):
     with pytest.raises(
-        StatementError, match=f"^{DAY}, line 1: neither a row of 14 columns nor a header with {missing}$"
+        StatementError, match=f"^{DAY}, line 1: is neither a row of 14 columns nor a header with {missing}$"
     ):
         compare(**{DAY: [header]})
 
@@ -312,7 +312,7 @@ def test_the_check_sum_may_confirm_a_statement(summary):
 )
 def test_a_statement_that_its_check_sum_contradicts_is_refused(summary):
     found = Reconciliation()
-    with pytest.raises(StatementError, match=r"1 refunds, sum -88.5 yuan, but its JYMXSUM says '(1\|0|')"):
+    with pytest.raises(StatementError, match=r"1 refunds sum to -88.5 yuan, but JYMXSUM says '(1\|0|')"):
         found.add_statement(DAY, [row()], summary)
 
 

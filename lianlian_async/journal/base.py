@@ -99,7 +99,7 @@ def upgrade_steps(journal: str, version: int, newest: int, steps: Mapping[int, T
     """Return the ``steps`` from schema ``version`` to ``newest``; raises :class:`JournalError` if there is no way."""
     if version > newest or not steps.keys() >= set(range(version, newest)):
         raise JournalError(
-            f"journal {journal}: schema version {version}, but this release needs {newest}; "
+            f"journal {journal} has schema version {version}, but this release needs {newest}; "
             "resolve its open refunds with the release that created it"
         )
     return [steps[number] for number in range(version, newest)]

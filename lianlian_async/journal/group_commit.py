@@ -49,7 +49,7 @@ class GroupCommitJournal(Journal):
 
     If :meth:`_write` fails, each caller of its batch without a result gets a ``JournalError``; whether the operation
     was recorded is not known. If the background task fails or is cancelled, for example at the end of the event loop,
-    all callers get a ``JournalError``.
+    all waiting and later callers get a ``JournalError``.
     """
 
     def __init__(self, name: str) -> None:

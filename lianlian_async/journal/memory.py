@@ -103,13 +103,13 @@ class MemoryJournal(Journal):
 
 
 MOST_OPEN: Final = 100_000
-"""Maximum number of open refunds of one session without a journal; they take about 170 MB."""
+"""Maximum number of refunds that a session without a journal remembers; they take about 170 MB."""
 
 
 class OpenRefunds(MemoryJournal):
-    """The open refunds of a session without a journal, so that a second call for an unknown refund queries first.
+    """The unresolved refunds of a session without a journal, so that a second call for such a refund queries first.
 
-    No open refund is dropped: at ``MOST_OPEN`` open refunds the session begins no new one. An outcome is kept until
+    None of them is dropped: at ``MOST_OPEN`` entries, the session begins no new refund. An outcome is kept until
     :meth:`forget`, or longer by :meth:`kept`. Of the refunds that were made, only the canaries are kept longer.
     """
 
@@ -121,7 +121,7 @@ class OpenRefunds(MemoryJournal):
 
     @contextmanager
     def kept(self, no_refund: str) -> Generator[None]:
-        """Keep an outcome during the block, and afterwards if the block raises an error that does not name it."""
+        """Keep an outcome during the block, and afterwards if the block raises an error that does not tell it."""
         self._kept[no_refund] += 1
         is_told = True
         try:
@@ -152,7 +152,7 @@ class OpenRefunds(MemoryJournal):
         return answer
 
     def forget(self, no_refund: str) -> None:
-        """Drop a refund whose outcome a caller got, unless it is unresolved, or its flight is about to read it."""
+        """Drop a refund whose outcome a caller got, but not if it is unresolved, in flight, or kept by :meth:`kept`."""
         entry = self._entries.get(no_refund)
         is_kept = no_refund in self._kept or no_refund in self.in_flight
         if entry is not None and entry.ending is not None and not is_kept:

@@ -139,7 +139,7 @@ class Begin:
         return attrs.evolve(self.found, sent_at=self.found.leased_until)
 
     def take_back(self, entry: Entry | None, is_acting: bool) -> Entry | None:
-        """End the lease that a cancelled caller took. If this operation is still in the queue, make it fail."""
+        """End the lease that a cancelled caller took. If this ``Begin`` is still in the queue, make it fail."""
         self.is_taken_back = True
         if self.found is None or self.found.holder != self.holder:
             return entry

@@ -1,7 +1,7 @@
 """The shared journal: one PostgreSQL database for many workers on many machines (extra ``postgres``, asyncio only).
 
 A lease is stored in the refund's row, and expires even if its worker has died. A dead worker behind a half-open
-connection may lock rows for a long time, so a batch skips locked rows, and a separate task retries their operations.
+connection may lock rows for seconds, so a batch skips locked rows, and a separate task retries their operations.
 All workers insert new rows in the same order, which prevents deadlocks.
 
 A write takes two round trips: the first reads the clock and locks the rows, the second writes them and commits. Each
@@ -67,7 +67,7 @@ class _BusyError(Exception):
 def connection_string(dsn: str, timeout: float) -> str:
     """Return ``dsn`` with UTF-8, ``connect_timeout``, and TCP settings that end half-open connections.
 
-    With several hosts, connections lead to the one that accepts writes, also if another one does not answer. Values in
+    With several hosts, connections lead to the host that accepts writes, even if others do not answer. Values in
     ``dsn`` take precedence, except the encoding. Raises ``ConfigurationError`` if ``dsn`` is invalid.
     """
     try:
@@ -75,7 +75,7 @@ def connection_string(dsn: str, timeout: float) -> str:
     except ProgrammingError:  # its message would show the password
         raise ConfigurationError("dsn: must be a PostgreSQL connection string or URL") from None
     if _AMBIGUOUS.match(dsn):  # libpq takes a part of the password for the host or the database
-        raise ConfigurationError("dsn: in a URL, write each @ as %40 and each / in the user or password as %2F")
+        raise ConfigurationError("dsn: in the user, password and database of a URL, write each @ as %40, each / as %2F")
     defaults: dict[str, Any] = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
     hosts = str(given.get("host")).count(",") + 1
     defaults |= {"tcp_user_timeout": round(timeout * 1000), "connect_timeout": max(2, int(timeout / hosts))}
@@ -99,13 +99,13 @@ class PostgresJournal(GroupCommitJournal):
     database server was restarted or replaced:
 
     - The ``RetryPolicy.not_found_grace`` of a call starts again for the refunds that the journal has.
-    - A refund that it does not have is queried before it is sent: each one for ``not_found_grace`` seconds, later those
-      whose ``dt_refund`` is before the end of that time.
-    - If its ``dt_refund`` is before this finding, a call whose row was lost may have sent it. So "no such record" is
-      believed only after ``not_found_grace``.
+    - A refund that it does not have is queried before it is sent: for ``not_found_grace`` seconds every such refund,
+      later those whose ``dt_refund`` is before the end of that time.
+    - A call whose row was lost may have sent such a refund, if its ``dt_refund`` is before the finding. Then "no such
+      record" is believed only after ``not_found_grace``.
 
     One risk of a second refund remains: a request whose row was lost arrives after ``not_found_grace``, or its
-    ``dt_refund`` is later than that finding. Synchronous replication prevents this. Stop all workers before you restore
+    ``dt_refund`` is later than the finding. Synchronous replication prevents this. Stop all workers before you restore
     a backup, and restore all tables of the schema: only the table ``eras`` shows that a backup was restored.
 
     Args:

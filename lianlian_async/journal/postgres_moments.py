@@ -62,8 +62,8 @@ class Reading:
     def stored(self, moment: Moment | None, recorded: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         """Return the stored form of ``moment``; ``recorded`` is the form in its row, None for a new row.
 
-        A moment of another boot cannot be converted: return ``recorded`` if it has the same gateway's time, so that it
-        is the same moment, else the current time.
+        A moment of another boot cannot be converted: return ``recorded`` if it has the same ``gateway``, and so is the
+        same moment; else the current time.
         """
         if moment is None:
             return None

@@ -115,4 +115,4 @@ class SqliteReader(SqliteJournal):
         return await self._in_thread(self._file.find_all, numbers)
 
     async def _write(self, batch: Sequence[Queued]) -> None:
-        raise JournalError(f"journal {self._name}: open for reading only")
+        raise JournalError(f"journal {self._name} is open for reading only; use SqliteJournal to write")

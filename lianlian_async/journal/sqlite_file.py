@@ -90,7 +90,7 @@ class JournalFile:
             self.owner = None if owner[0] is None else Owner(*owner)
             """The owner; None if the journal is not bound yet."""
             self.problem = self._problem(recorded or identity, identity, has_log=has_log)
-            """Why this file is not opened for writing, and what to do; empty if it is opened."""
+            """Why this file must not be opened for writing, and what to do; empty if it may be."""
             if not read_only:
                 if self.problem and restored_at is None:
                     raise JournalError(f"journal {self._path}: {self.problem}")
