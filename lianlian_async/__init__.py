@@ -45,8 +45,9 @@ The words:
   holder may send a refund (in an inbox: call the handler), and only until it ends.
 - *unresolved*: an entry of a journal without an outcome. *open*: unresolved, or accepted but not final.
 - *refused*, of a refund: answered *duplicate* or *in progress*, so that only a record with all three fields is a proof.
-- *grace*: how long "no such record" is not believed after a send. *canary*: a refund that was made; if the journal has
-  one, the query service must find it before "no such record" is believed. *era*: a period of PostgreSQL's clock.
+- *grace*: how long "no such record" is not believed after a send. *canary*: a refund that was made; if there is one,
+  the query service must find it before "no such record" is believed.
+- *era*: a period within which times of PostgreSQL's clock can be compared.
 
 Where to start: follow one refund from ``session.RefundSession.apply_refund`` through ``flight.Flights``,
 ``recording.keep``, ``resolution.resolve``, ``middleware`` and ``transport.sender`` to the socket, and back through

@@ -48,14 +48,14 @@ class _Connector(aiohttp.TCPConnector):
 
 
 class _ClientRequest(aiohttp.ClientRequest):
-    """A request that refuses a connection with unread bytes: aiohttp would read them as its response."""
+    """A request that refuses a connection with unread bytes: aiohttp would read them as the response."""
 
     async def send(self, conn: Connection) -> aiohttp.ClientResponse:
         if conn.protocol is None or conn.protocol.should_close:
             raise SendRefusedError("an idle connection received unexpected bytes")
         sock = cast("asyncio.Transport", conn.transport).get_extra_info("socket")
         reset_when_closed(sock)
-        # Called at the release of conn; _Response.close then sets SO_LINGER again.
+        # Called when conn is released; after that, _Response.close sets SO_LINGER to 0 again.
         conn.add_callback(partial(close_normally, sock))
         return await super().send(conn)
 
@@ -95,7 +95,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         try:
             response = await session.request(
                 request.method,
-                URL(str(request.url), encoded=True).with_user(None),  # httpx ignores credentials here, too
+                URL(str(request.url), encoded=True).with_user(None),  # httpx's transports ignore credentials, too
                 data=data,
                 headers=[(name.decode("ascii"), value.decode("ascii")) for name, value in request.headers.raw],
                 timeout=aiohttp.ClientTimeout(connect=timeout.get("connect"), sock_read=timeout.get("read")),
@@ -134,7 +134,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
 
 
 class _ResponseStream(httpx.AsyncByteStream):
-    """The bytes of a response. Closing it releases the connection, or resets the connection if bytes are unread."""
+    """The bytes of a response. Closing it resets the connection if bytes are unread."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
@@ -143,7 +143,7 @@ class _ResponseStream(httpx.AsyncByteStream):
         try:
             while chunk := await self._response.content.readany():
                 yield chunk
-                # readany does not wait while bytes are available, so this task would never notice a cancellation.
+                # readany does not wait while bytes are available, so this task would not notice a cancellation.
                 await anyio.lowlevel.checkpoint_if_cancelled()
         except aiohttp.ClientError as error:
             raise _as_httpx(error) from error

@@ -1,4 +1,4 @@
-"""TLS context, proxies, the loopback check for tests, and socket options that reset a cancelled connection."""
+"""TLS context, proxies, the loopback check for tests, and how a cancelled request resets its connection."""
 
 import contextlib
 import ipaddress
@@ -89,9 +89,9 @@ def _is_direct(url: httpx.URL, environment: dict[str, str]) -> bool:
 
 
 def check_loopback(*hosts: str) -> None:
-    """Raise ``ConfigurationError`` if a host is not loopback while a test has set ``LIANLIAN_LOOPBACK_ONLY``.
+    """Raise ``ConfigurationError`` if a host is not loopback and ``LIANLIAN_LOOPBACK_ONLY`` is set.
 
-    Call it right before a connection is opened.
+    The pytest plugin sets it. Call this function right before a connection is opened.
     """
     for host in hosts:
         if os.environ.get(LOOPBACK_ONLY) and not is_loopback(host):

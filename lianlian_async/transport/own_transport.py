@@ -60,7 +60,7 @@ def check_http(client: object, transport: object, backend: str | None) -> None:
 
 def library_of(given: object, *kinds: str) -> Any:
     """Return the library, httpx or httpx2, if ``given`` is an instance of one of its classes ``kinds``, else None."""
-    for library in (httpx, sys.modules.get("httpx2")):  # an object of httpx2 exists only if it is imported
+    for library in (httpx, sys.modules.get("httpx2")):  # if httpx2 is not imported, it has no objects
         for kind in kinds or ("AsyncClient", "AsyncBaseTransport"):
             if library is not None and isinstance(given, getattr(library, kind)):
                 return library
@@ -81,9 +81,9 @@ def _has_aiohttp() -> bool:
 def own_transport(
     max_connections: int, backend: HttpBackend | None, urls: Sequence[str], *, on_asyncio: bool
 ) -> AsyncBaseTransport:
-    """Return the library's own transport for ``urls``. Call it in a thread, because it reads CA files and modules.
+    """Return the library's own transport for ``urls``. Call it in a thread: it reads CA files and imports modules.
 
-    Raises ``ConfigurationError`` if an environment variable has an unusable value.
+    Raises ``ConfigurationError`` if ``backend`` or an environment variable has an unusable value.
     """
     chosen = http_backend(backend)
     proxies = [proxy_for(httpx.URL(url)) for url in urls]  # a list: it checks all of them

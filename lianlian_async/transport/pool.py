@@ -14,13 +14,13 @@ import httpx
 from .connection import close_normally, proxy_for, reset_when_closed, trusting_context
 
 KEEPALIVE_SECONDS: Final = 5.0
-"""How long an idle connection may be reused. Most servers and load balancers keep idle connections longer, so a request
-rarely meets a connection that the server is closing."""
+"""Seconds in which an idle connection may be reused. Most servers and load balancers keep idle connections longer, so a
+request rarely meets a connection that the server is closing."""
 _LIMITS: Final = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=KEEPALIVE_SECONDS)
 
 
 class _Connection(httpx.AsyncByteStream):
-    """One connection to one origin, and the body of its current response; closing this body returns it to its pool."""
+    """One connection to one origin, and its current response's body; closing the body returns it to the pool."""
 
     def __init__(self, pool: "PoolTransport", stack: "deque[_Connection]", proxy: httpx.Proxy | None) -> None:
         if proxy is not None and proxy.url.scheme == "https":
@@ -114,7 +114,7 @@ class PoolTransport(httpx.AsyncBaseTransport):
         raise httpx.PoolTimeout(f"no free connection within {seconds} s", request=request)
 
     async def release(self, connection: _Connection) -> None:
-        """Keep a connection for the next request to its origin."""
+        """Keep a connection for the next request to its origin; close all that were idle for too long."""
         if self._closed:
             await self.discard(connection)
             return
@@ -127,7 +127,7 @@ class PoolTransport(httpx.AsyncBaseTransport):
                 await each.popleft().shut()
 
     async def discard(self, connection: _Connection | None) -> None:
-        """Free the slot of a connection, and close it if it was made."""
+        """Let the next request start, and close ``connection`` if there is one."""
         self._slots.release()
         if connection is not None:
             await connection.shut()

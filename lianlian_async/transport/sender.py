@@ -1,6 +1,6 @@
 """Send one HTTP request and return its response, or a ``NoResponse`` that states whether it may have arrived.
 
-:func:`probe_server` only connects to a server.
+:func:`probe_server` examines the connection to a server.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def asgi_transport(app: Any) -> httpx.AsyncBaseTransport:
 
 def describe(error: BaseException, url: str, connect_seconds: float, library: Any = httpx) -> str:
     """Return a message with the type, the cause and the notes of ``error`` (such as the proxy)."""
-    if isinstance(error, SendRefusedError):  # no failure of the connection, as another error's type would say
+    if isinstance(error, SendRefusedError):  # its type would suggest that the connection failed
         return str(error)
     is_transport, causes = isinstance(error, library.TransportError), list(islice(_causes(error), 20))
     # Other exceptions in the chain show internals of httpcore, anyio and trio, such as "pop from an empty deque".
