@@ -50,7 +50,7 @@ def refund_many(
         session: an open session.
         requests: any iterable or async iterable, iterated in a background task. If it raises, the batch ends after the
             running refunds. An async generator is closed at the end of the batch. Without a journal, a request that
-            occurs twice may be sent twice.
+            occurs again after 1,000 other refunds may be sent twice.
         concurrency: maximum number of concurrent refunds; by default the session's ``max_connections``.
         journal: an open journal; by default the session's.
         query_first: query every refund that is new in the journal before it is sent.

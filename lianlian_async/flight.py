@@ -71,9 +71,6 @@ class Flights:
     _open_refunds: OpenRefunds
     _flights: dict[str, Flight] = attrs.field(factory=dict, init=False)
 
-    def __attrs_post_init__(self) -> None:
-        self._open_refunds.in_flight = self._flights
-
     async def join(self, call: RefundCall) -> Refund:
         """Return the refund of the call's flight; start one if there is none."""
         number, leaves_at = call.request.no_refund, anyio.current_time() + call.seconds
@@ -104,8 +101,6 @@ class Flights:
     def _forget(self, number: str, flight: Flight) -> None:
         if flight.task.has_ended and self._flights.get(number) is flight:
             del self._flights[number]
-        if flight.is_told:
-            self._open_refunds.forget(number)
 
     async def _carry_out(self, flight: Flight) -> Refund:
         """Make a refund, or resolve the unknown outcome of an earlier call, and record the outcome."""
@@ -301,8 +296,6 @@ class Flight:
     _refund: Refund | None = attrs.field(default=None, init=False)
     _error: BaseException | None = attrs.field(default=None, init=False)
     _is_raised: bool = attrs.field(default=False, init=False)
-    is_told: bool = attrs.field(default=False, init=False)
-    """Whether a caller got the outcome. After the flight has ended, a cancellation may still prevent that."""
     task: BackgroundTask = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -326,10 +319,6 @@ class Flight:
             del self.until.leaves_at[scope]
             if not self.until.leaves_at:
                 await self.task.aclose()
-        # Without a case, an error other than a rejection is no outcome: it was raised before the record of an earlier
-        # flight was read, or because that record has other content.
-        has_outcome = self._refund is not None or self.case is not None or isinstance(self._error, RefundRejected)
-        self.is_told |= has_outcome and self.task.has_ended
         if self._refund is not None:
             return self._refund
         raise self._own_error()

@@ -75,8 +75,8 @@ class RefundSession:
         clock: reads the wall clock and the boot clock; see :mod:`lianlian_async.clock`.
 
     Concurrent calls for the same ``no_refund`` make one refund, with the ``retry`` of the first one. If a call left the
-    refund unknown, the next call queries first. Without a journal, this holds only within one session, and a call that
-    begins after an earlier call has returned the refund sends it again.
+    refund unknown, the next call queries first. For a refund that was made, a repeated call returns it and sends
+    nothing. Without a journal, this holds only within one session, and only for its last 1,000 refunds that were made.
 
     Closing waits for running calls, up to their deadlines. New calls, and calls that wait for a slot, send nothing and
     raise ``RuntimeError``. So do calls outside ``async with`` or on another event loop, and an ``async with`` while the
@@ -291,7 +291,7 @@ class RefundSession:
         """
         seconds, policy = self._given(deadline, retry)
         expect(request, RefundRequest, "request")
-        with self._waiters.listen(request) as waiter, self._open_refunds.kept(request.no_refund):
+        with self._waiters.listen(request) as waiter:
             try:
                 refund = await self.apply_refund(request, retry=policy)
             except (errors.RefundNotSent, errors.RefundRejected, errors.RefundOutcomeUnknown) as error:

@@ -100,6 +100,7 @@ async def test_a_gateway_that_replays_its_first_answer_made_no_second_refund():
     reused = refund_request(dt_refund=EPOCH + timedelta(days=1))
     async with gateway.session(clock=boot_clock) as session:
         await session.apply_refund(refund_request())
+    async with gateway.session(clock=boot_clock) as session:
         with pytest.raises(RefundConflict) as caught:
             await session.apply_refund(reused)
     assert (caught.value.field, caught.value.theirs) == ("dt_refund", wire.format_timestamp(EPOCH))

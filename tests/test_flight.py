@@ -24,6 +24,7 @@ from lianlian_async import (
     RefundSession,
     RetryBudget,
     RetryPolicy,
+    refund_many,
 )
 from lianlian_async.events import AttemptEnded
 from lianlian_async.exchange import Call
@@ -409,14 +410,35 @@ async def test_a_refund_is_resolved_in_an_eager_task(options, anyio_backend_name
 # ── a session without a journal ──────────────────────────────────────────────────────────────────
 
 
-async def test_a_session_forgets_resolved_refunds():
-    """A refund that was made, rejected or never sent takes no memory; a later call is a new call."""
-    gateway = sandbox(settle_after=0)
-    gateway.add_order("O-2", 1)
+@pytest.mark.parametrize("repeat", ["apply_refund", "apply_and_wait", "refund_many"])
+async def test_a_repeated_call_returns_a_refund_that_was_made(repeat):
+    """Also after a call has returned it; of another content, a call raises ``RefundConflict``. Nothing is sent."""
+    gateway = carries_out_everything(settle_after=0)
     async with gateway.session(clock=boot_clock) as session:
-        await session.apply_refund(refund_request(1))
-        assert isinstance((await session.outcome_of(refund_request(2))).error, RefundRejected)
-        assert repr(session._open_refunds) == "<OpenRefunds 0 refunds>"
+        made = await session.apply_refund(refund_request())
+        if repeat == "refund_many":
+            requests = [refund_request(), refund_request(no_order="O-2")]
+            outcomes = {one.request.no_order: one async for one in refund_many(session, requests)}
+            assert (outcomes["O-1"].refund, outcomes["O-1"].attempts) == (made, 0)
+            assert isinstance(outcomes["O-2"].error, RefundConflict)
+        else:
+            assert (await getattr(session, repeat)(refund_request())).oid_refundno == made.oid_refundno
+    assert (gateway.requests["apply"], gateway.times_made("R-1")) == (1, 1)
+
+
+async def test_a_session_remembers_the_last_refunds_that_were_made(monkeypatch):
+    """Older ones take no memory; nor does a refund that was rejected: it may be sent again."""
+    monkeypatch.setattr(memory, "MOST_MADE", 2)
+    gateway = sandbox(settle_after=0)
+    gateway.add_order("O-4", 1)
+    async with gateway.session(clock=boot_clock) as session:
+        for number in (1, 2, 3):
+            await session.apply_refund(refund_request(number))
+        for number in (4, 4):
+            assert isinstance((await session.outcome_of(refund_request(number))).error, RefundRejected)
+        assert repr(session._open_refunds) == "<OpenRefunds 2 refunds>"
+        attempts = [(await session.outcome_of(refund_request(number))).attempts for number in (3, 2, 1)]
+    assert attempts == [0, 0, 1]
 
 
 async def test_a_session_that_is_opened_again_keeps_an_outcome_that_nobody_got():
@@ -470,34 +492,29 @@ async def test_a_call_that_is_cancelled_after_the_answer_makes_no_second_refund(
             other = await session.outcome_of(refund_request(money_refund="9.99"))
             assert isinstance(other.error, RefundConflict)
             await session.apply_refund(refund_request())
-        assert repr(session._open_refunds) == "<OpenRefunds 0 refunds>"
     assert gateway.times_made("R-1") == 1
 
 
 @pytest.mark.parametrize("call", ["apply_refund", "apply_and_wait"])
 async def test_a_call_during_a_wait_makes_no_second_refund(call):
-    """``apply_and_wait`` has not returned the refund yet, so a second call is a concurrent one."""
     gateway = carries_out_everything(settle_after=100)
-    async with gateway.session(clock=boot_clock) as session:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(session.apply_and_wait, refund_request())
-            await anyio.sleep(50)
-            await getattr(session, call)(refund_request())
-        assert repr(session._open_refunds) == "<OpenRefunds 0 refunds>"
+    async with gateway.session(clock=boot_clock) as session, anyio.create_task_group() as tasks:
+        tasks.start_soon(session.apply_and_wait, refund_request())
+        await anyio.sleep(50)
+        await getattr(session, call)(refund_request())
     assert gateway.times_made("R-1") == 1
 
 
 async def test_a_wait_that_is_cancelled_makes_no_second_refund():
-    """The next call returns the outcome that the cancelled call did not get, unless it was ``RefundNotFinal``."""
+    """The next call returns the outcome that the cancelled call did not get."""
     gateway = carries_out_everything(settle_after=100)
     async with gateway.session(clock=boot_clock) as session:
         with anyio.move_on_after(50):
             await session.apply_and_wait(refund_request())
-        with pytest.raises(RefundConflict):  # about another request, so it names no outcome
+        with pytest.raises(RefundConflict):
             await session.apply_and_wait(refund_request(money_refund="9.99"))
         with pytest.raises(RefundNotFinal):
             await session.apply_and_wait(refund_request(), deadline=10)
-        assert repr(session._open_refunds) == "<OpenRefunds 0 refunds>"
     assert gateway.times_made("R-1") == 1
 
 
@@ -528,7 +545,6 @@ async def test_a_wait_that_ends_before_another_call_gets_a_slot_makes_no_second_
         assert list(made) == ["wait"]
     assert gateway.times_made("R-1") == 1
     assert list(made) == ["wait", "apply"]
-    assert repr(session._open_refunds) == "<OpenRefunds 0 refunds>"
 
 
 @pytest.mark.parametrize("step", range(3))

@@ -1,8 +1,7 @@
 """Journals in memory, for tests, small jobs, and sessions without a journal."""
 
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Container, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping
 from functools import cached_property
 from threading import Lock
 from typing import Final, Self, TypeVar, cast
@@ -11,7 +10,6 @@ from uuid import uuid4
 import anyio.lowlevel
 
 from lianlian_async.clock import Moment
-from lianlian_async.errors import RefundNotFinal, RefundRejected
 
 from .base import Entry, Intent, JournalError, Owner, Standing, State
 from .interface import Journal
@@ -103,57 +101,42 @@ class MemoryJournal(Journal):
 
 
 MOST_OPEN: Final = 100_000
-"""Maximum number of refunds that a session without a journal remembers; they take about 170 MB."""
+"""Maximum number of unresolved refunds of one session without a journal; they take about 170 MB."""
+
+
+MOST_MADE: Final = 1_000
+"""Maximum number of outcomes that one session without a journal remembers; they take about 4 MB."""
 
 
 class OpenRefunds(MemoryJournal):
-    """The unresolved refunds of a session without a journal, so that a second call for such a refund queries first.
+    """The memory of a session without a journal: its unresolved refunds, and the last ``MOST_MADE`` refunds that were made.
 
-    None of them is dropped: at ``MOST_OPEN`` entries, the session begins no new refund. An outcome is kept until
-    :meth:`forget`, or longer by :meth:`kept`. Of the refunds that were made, only the canaries are kept longer.
+    So a second call for an unknown refund queries first, and one for a refund that was made sends nothing. No
+    unresolved refund is dropped: at ``MOST_OPEN`` of them, the session begins no new one. A rejected refund may be sent again.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept = Counter[str]()
-        self.in_flight: Container[str] = ()
-        """The numbers that have a flight."""
-
-    @contextmanager
-    def kept(self, no_refund: str) -> Generator[None]:
-        """Keep an outcome during the block, and afterwards if the block raises an error that does not tell it."""
-        self._kept[no_refund] += 1
-        is_told = True
-        try:
-            yield
-        except BaseException as error:
-            is_told = isinstance(error, RefundNotFinal | RefundRejected)  # a conflict may be about another request
-            raise
-        finally:
-            self._kept[no_refund] -= 1
-            if not self._kept[no_refund]:
-                del self._kept[no_refund]
-            if is_told:
-                self.forget(no_refund)
+        self._finished = dict[str, None]()
+        """The refunds with an outcome, oldest first."""
 
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
-        if len(self._entries) >= MOST_OPEN and intent.no_refund not in self._entries:
+        if len(self._entries) - len(self._finished) >= MOST_OPEN and intent.no_refund not in self._entries:
             raise JournalError(
-                f"{MOST_OPEN:,} refunds of this session are unresolved, or no call got their outcome, and it cannot "
-                "remember more: repeat the calls for them first, or use a journal"
+                f"{MOST_OPEN:,} refunds of this session are unresolved, and it cannot remember more: resolve them "
+                "first, or use a journal"
             )
         return await super().begin(intent, now)
 
     async def record(self, operation: Operation[E]) -> E:
         answer = await super().record(operation)
-        entry = self._entries[operation.no_refund]
-        if entry.ending is None and entry.sent_at is None:
-            del self._entries[operation.no_refund]
+        number = operation.no_refund
+        entry = self._entries[number]
+        if entry.state is State.REJECTED or (entry.ending is None and entry.sent_at is None):
+            del self._entries[number]
+        elif entry.ending is not None:
+            self._finished[number] = None
+            if len(self._finished) > MOST_MADE:
+                oldest = next(iter(self._finished))
+                del self._finished[oldest], self._entries[oldest]
         return answer
-
-    def forget(self, no_refund: str) -> None:
-        """Drop a refund whose outcome a caller got, but not if it is unresolved, in flight, or kept by :meth:`kept`."""
-        entry = self._entries.get(no_refund)
-        is_kept = no_refund in self._kept or no_refund in self.in_flight
-        if entry is not None and entry.ending is not None and not is_kept:
-            del self._entries[no_refund]

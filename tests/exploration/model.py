@@ -382,7 +382,7 @@ class Model:
         if self.bounds.journal != "postgres":
             answer = entry = operation.apply(world.row, False)
             if self.bounds.journal == "none" and (entry.ending is not None or entry.sent_at is None):
-                entry = None  # OpenRefunds forgets these entries, too
+                entry = None  # OpenRefunds may forget these entries
             return parts.without_history(answer), world._replace(row=parts.without_history(entry))
         reading = parts.reading(world.now, self._clock(world, number, worker))
         answer, row = parts.in_database(operation, world.row, reading)
