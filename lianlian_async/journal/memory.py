@@ -102,17 +102,16 @@ class MemoryJournal(Journal):
 
 MOST_OPEN: Final = 100_000
 """Maximum number of unresolved refunds of one session without a journal; they take about 170 MB."""
-
-
 MOST_MADE: Final = 1_000
 """Maximum number of outcomes that one session without a journal remembers; they take about 4 MB."""
 
 
 class OpenRefunds(MemoryJournal):
-    """The memory of a session without a journal: its unresolved refunds, and the last ``MOST_MADE`` refunds that were made.
+    """The memory of a session without a journal: its unresolved refunds, and its last ``MOST_MADE`` made ones.
 
     So a second call for an unknown refund queries first, and one for a refund that was made sends nothing. No
-    unresolved refund is dropped: at ``MOST_OPEN`` of them, the session begins no new one. A rejected refund may be sent again.
+    unresolved refund is dropped: at ``MOST_OPEN`` of them, the session begins no new one. A rejected refund may be sent
+    again.
     """
 
     def __init__(self) -> None:
