@@ -245,7 +245,7 @@ async def test_served_alone_without_a_lifespan_the_endpoint_says_how(tmp_path, c
     endpoint = NotificationEndpoint(trusting(), Handler(), journal=SqliteJournal(tmp_path / "journal.sqlite"))
     async with by_uvicorn(endpoint, lifespan="off") as service:
         assert status(await service.ask(whole(notification(), "Connection: close"))) == 500
-    assert "have the server run its lifespan (uvicorn: --lifespan on)" in caplog.text
+    assert "or the server's lifespan (uvicorn: --lifespan on)" in caplog.text
 
 
 @pytest.mark.parametrize("lifespan", ["on", "auto"])

@@ -20,9 +20,8 @@ async def complete(
     """Return ``notified``, the notification's record; if a needed field is missing, query the gateway's record instead.
 
     The query requires ``session``, and a ``dt_refund`` from the notification or from ``journal``. It ends after
-    ``seconds``, even if it is still waiting for a connection. Raises :class:`IncompleteRecord` if the query supplies no
-    complete record, ``RefundConflict`` if the two records contradict each other, and ``JournalError`` if the journal
-    fails.
+    ``seconds``, even if it is still waiting for a connection. Raises :class:`IncompleteRecord` if a needed field stays
+    unknown, ``RefundConflict`` if the two records contradict each other, and ``JournalError`` if the journal fails.
     """
     missing = [name for name in _NEEDED if getattr(notified, name) is None]
     if not missing:

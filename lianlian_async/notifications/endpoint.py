@@ -1,4 +1,4 @@
-"""Receive LianLian's notifications: verify, acknowledge, and call the handler once for each final refund.
+"""Receive LianLian's notifications: verify, acknowledge, and call the handler for each final refund.
 
 *Inline*, the default: the handler runs, then the notification is acknowledged. If the handler fails or takes too long,
 LianLian delivers the notification again after 2 minutes (at most 30 times), and the handler is called again.
@@ -8,8 +8,8 @@ background and is retried with exponential backoff until it succeeds, also after
 
 In both modes the handler is called again only if it did not return in time, or if the process or the journal failed
 before the return was recorded. This holds for all processes that share the journal; without a journal, for the latest
-10,000 refunds of this process. After an endpoint has opened a journal, the journal keeps each final refund in state
-FINAL until the handler has returned for it, even if the refund became final without a notification.
+10,000 refunds of this endpoint. Once an endpoint uses a journal, each refund that becomes final, also without a
+notification, stays in state FINAL in the journal until the handler has returned for it.
 """
 
 import logging
@@ -75,13 +75,13 @@ class NotificationEndpoint:
         on_refund: the handler, a coroutine function that is called with a ``Refund`` whose ``sta_refund`` is final. It
             should commit its work before it returns. It must be idempotent: it is called again after an exception, a
             timeout or a crash.
-        journal: by default the session's journal. The endpoint records the final state in it, and refuses a
-            notification that contradicts the recorded state. Use only one handler per journal: the processes that share
-            the journal call the handler once for each refund.
+        journal: by default the session's journal. The endpoint records each refund's state in it, and refuses a
+            notification that contradicts the recorded state. Use only one handler per journal: after a process has
+            handled a refund, no other process that shares the journal does.
         session: its ``wait_refund`` calls are woken, and fields that a notification omits are queried through it.
             ``confirm`` and :meth:`sweep` require it.
         confirm: query the gateway before a handler call, unless a statement or a person decided the outcome. A
-            notification contains neither a time nor a nonce, so its signature does not prove that it is new.
+            notification contains neither a nonce nor the time of its sending, so it may be an old one.
         inbox: acknowledge first and call the handler in the background; requires a journal.
         body_seconds: time limit for reading a request body; after it, the response is 408.
         handler_seconds: time limit for confirming and ``on_refund`` together. LianLian waits 5 seconds for a response;
@@ -258,7 +258,7 @@ class NotificationEndpoint:
         return is_admitted
 
     async def _judge(self, body: bytes, about: list[str | None]) -> Verdict:
-        """Return the verdict; append the ``no_refund`` to ``about`` once the signature has verified."""
+        """Return the verdict; append the ``no_refund`` to ``about`` once the signature is verified."""
         if len(body) > MAX_MESSAGE_BYTES:
             logger.warning("notification refused: longer than %d bytes", MAX_MESSAGE_BYTES)
             return Verdict.TOO_BIG
@@ -292,8 +292,8 @@ class NotificationEndpoint:
         became final without a notification, and again for refunds whose handler call failed.
 
         Returns the result of ``resume``; :attr:`counts` has the results of the handler calls. ``concurrency``: see
-        ``resume``. Raises ``ConfigurationError`` as :meth:`check_sweep`, ``JournalError`` if the journal fails, and
-        ``RuntimeError`` if the inbox has no worker.
+        ``resume``. Raises ``ConfigurationError`` as :meth:`check_sweep` and ``resume``, ``JournalError`` if the
+        journal fails, and ``RuntimeError`` if the inbox has no worker.
         """
         journal, session = self.check_sweep()
         self._check_inbox(may_have_ended=True)
@@ -327,7 +327,7 @@ class NotificationEndpoint:
     async def _act(self, refund: Refund) -> None:
         began, succeeded = self._listeners.timer(), False
         try:
-            # The gateway may not find a refund whose outcome comes from a statement or from a person's decision.
+            # The gateway might not find a refund whose outcome comes from a statement or from a person's decision.
             if self._confirm and self._session is not None and refund.evidence is None:
                 check_same(refund, await self._session.query_refund(refund.query()))
             if isawaitable(done := self._on_refund(refund)):  # the work of a function that is not async is done now

@@ -39,7 +39,7 @@ MOST_RECENT: Final = 10_000
 
 
 class RecentRefunds(MemoryJournal):
-    """The latest ``MOST_RECENT`` refunds of this process; a refund is not removed while the handler runs for it."""
+    """The latest ``MOST_RECENT`` refunds of one endpoint; a refund is not removed while the handler runs for it."""
 
     async def record(self, operation: Operation[E]) -> E:
         """Record ``operation``, and remove the oldest entries beyond ``MOST_RECENT``."""
@@ -72,14 +72,14 @@ class Inbox:
     act: Callable[[Refund], Awaitable[None]]
     """Calls the handler."""
     seconds: float
-    """Time limit of one handler call, and of the wait for another caller's handler call."""
+    """Time limit of one handler call; the lease lasts twice as long."""
     count: Callable[[bool], object]
-    """Called after each attempt to call the handler for an entry; the argument is True if the handler succeeded."""
+    """Called each time :meth:`work` or :meth:`catch_up` has tried to handle an entry; True: the handler succeeded."""
     workers: int
     clock: Clock
     _backoffs: dict[str, tuple[int, float]] = attrs.field(factory=dict, init=False)
-    """For each entry, its failed attempts in a row, and when the handler may be called again by the event loop's clock;
-    infinite while the handler runs."""
+    """By ``no_refund``: the number of failures in a row, and the earliest time of the next try (event loop's clock;
+    infinite during a try)."""
     _arrived: anyio.Event = attrs.field(factory=anyio.Event, init=False)
     _intake: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)
 
@@ -118,7 +118,7 @@ class Inbox:
             is_handled = is_failure(error)
             if is_handled:
                 logger.exception("refund %s: the handler failed; it will be called again", refund.no_refund)
-            await self.journal.release(leased, self.clock())  # the next delivery calls the handler again
+            await self.journal.release(leased, self.clock())  # so that the handler can be called again
             if not is_handled:
                 raise
             return False
@@ -127,7 +127,7 @@ class Inbox:
         return True
 
     async def keep_final(self) -> None:
-        """Copy every refund in state FINAL from the journal of the refunds into the inbox."""
+        """Copy every refund in state FINAL from the journal ``refunds`` into the inbox."""
 
         async def keep_one(entry: Entry) -> None:
             if entry.state is not State.FINAL:
