@@ -34,7 +34,7 @@ def headers(scope: Mapping[str, Any]) -> dict[str, str]:
 
 
 async def read(receive: Receive, limit: int) -> bytes:
-    """Return the request's body. Stop reading when more than ``limit`` bytes were received, and return these."""
+    """Return the request's body; if it has more than ``limit`` bytes, return what was received until then."""
     body, more = bytearray(), True
     while more and len(body) <= limit:
         message = await receive()

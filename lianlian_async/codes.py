@@ -86,7 +86,7 @@ _TABLE: Final[dict[str, tuple[ReturnCode, str]]] = {
     "5006": (_BALANCE, "merchant balance too low"),
     "5007": (
         _REJECTED._replace(
-            advice="check the earlier refunds of this order: with this one they exceed the order amount"
+            advice="check the earlier refunds of this order: with this refund they exceed the order amount"
         ),
         "refunds together exceed the order amount",
     ),

@@ -98,7 +98,7 @@ class InvalidRequest(LianLianError, ValueError):
 class RefundNotSent(LianLianError):
     """No apply request of this call reached the gateway (DNS, TLS, refused …): it is safe to send the refund again.
 
-    ``last_error`` describes the failure of the last one of ``attempts`` attempts.
+    ``last_error`` says why the last of ``attempts`` attempts failed.
     """
 
     def __init__(self, no_refund: str, *, attempts: int, last_error: str) -> None:

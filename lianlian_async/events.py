@@ -59,7 +59,7 @@ class Leased(Event):
 
 @attrs.frozen(kw_only=True)
 class AttemptBegan(Event):
-    """A ``request`` is about to be sent: ``apply``, or a ``query`` about this refund or another one (the canary).
+    """A ``request`` is about to be sent: ``apply``, or a ``query`` about this refund or about the canary.
 
     ``attempt`` counts from 1 in each call, separately for apply requests, queries and each canary. ``url`` contains no
     query string. A listener may add request headers, such as ``traceparent``, to ``headers``.

@@ -274,7 +274,7 @@ class _SharedDeadline(Deadline):
         self._set_scopes()
 
     def _set_scopes(self) -> None:
-        """Set when callers leave: never during a pause; those with the latest deadline only when the flight ends."""
+        """Set when callers leave: never during a pause; callers with the latest deadline only when the flight ends."""
         for scope, leaves_at in self.leaves_at.items():
             leaves = self.paused_at == math.inf and leaves_at < self.at
             scope.deadline = leaves_at if leaves else math.inf

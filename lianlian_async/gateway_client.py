@@ -49,7 +49,7 @@ class GatewayClient:
 
     @classmethod
     async def open(cls, merchant: Merchant, transport: HttpSender, *, warm_up: int, **options: Any) -> Self:
-        """Load the keys and try to open ``warm_up`` connections; if this fails, close ``transport``."""
+        """Load the keys and try to open ``warm_up`` connections; close ``transport`` if an exception is raised."""
         try:
             rsa = await RsaWorker.open(merchant)
             await transport.warm_up(merchant.endpoints.apply, warm_up, LONGEST_ATTEMPT)

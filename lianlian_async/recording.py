@@ -1,7 +1,7 @@
 """Record one refund: the intent before its first byte is sent, then the outcome.
 
 With a journal, ``apply_refund`` may be called again at any time, also after a crash. For a resolved refund, it returns
-or raises the recorded outcome. It queries an unresolved refund first, and sends a new refund.
+or raises the recorded outcome. It queries first if an earlier call may have sent the refund; else it sends it.
 """
 
 import logging

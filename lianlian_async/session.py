@@ -74,7 +74,7 @@ class RefundSession:
         listeners: functions that are called with each event of :mod:`lianlian_async.events`, for metrics and traces.
         clock: reads the wall clock and the boot clock; see :mod:`lianlian_async.clock`.
 
-    Concurrent calls for the same ``no_refund`` make one refund, with the ``retry`` of the first one. If a call left the
+    Concurrent calls for one ``no_refund`` make one refund, with the ``retry`` of the first call. If a call left the
     refund unknown, the next call queries first. For a refund that was made, a repeated call returns it and sends
     nothing. Without a journal, this holds only within one session, and only for its last 1,000 refunds that were made.
 

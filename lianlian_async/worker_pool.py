@@ -85,7 +85,7 @@ async def run_workers(
 
 
 def _cancelled(cause: BaseException | None = None) -> LianLianError:
-    error = LianLianError("a background task was cancelled from outside: one refund may be unfinished")
+    error = LianLianError("a background task was cancelled from outside: a refund may be unfinished")
     error.__cause__ = cause
     return error
 

@@ -1,7 +1,7 @@
 """The journal protocol: records every refund that was begun, and its outcome.
 
 A refund is recorded before its first byte is sent. After a crash, :meth:`Journal.pending` yields the refunds that are
-still open. The steps of one call::
+open or not acted on. The steps of one call::
 
     begin ──► NEW ─────────────────────────► send ──┬──► finish (made, rejected, conflict)
          ├──► QUERY_FIRST ──► query ─────────► send ──┤

@@ -26,7 +26,7 @@ class SqliteJournal(GroupCommitJournal):
     """A :class:`~lianlian_async.journal.Journal` in the SQLite file ``path``, which is created if it is missing.
 
     Only one ``SqliteJournal`` at a time may have it open; a second one, also in another process, gets a
-    ``JournalError``. If a process ends or is killed, the next one finds its leased refunds as UNRESOLVED. A copy of the
+    ``JournalError``. If a process ends or is killed, the next process finds leased refunds UNRESOLVED. A copy of the
     file is refused, because it may lack later refunds: its inode differs from the recorded one. A copy that was written
     over the journal's own file, or that has the same inode (for example, in a snapshot of Btrfs or ZFS), is not
     recognized.
@@ -34,8 +34,8 @@ class SqliteJournal(GroupCommitJournal):
     While the journal is open, and after a crash, the files ``…-wal`` and ``…-shm`` are part of it: in a container,
     mount its folder, not only its file. The file ``…-owner`` names the process that has opened the journal; never
     remove it: its lock ends with that process. ``…-inbox`` contains the final refunds for which
-    ``NotificationEndpoint(inbox=True)`` has not called ``on_refund`` yet. If several processes run one service, let
-    them share a :class:`~.postgres.PostgresJournal`: with a file for each process, no process knows the refunds of the
+    ``NotificationEndpoint(inbox=True)`` will call, or has called, ``on_refund``. If several processes run one service,
+    they need one :class:`~.postgres.PostgresJournal`: with a file for each process, no process knows the refunds of the
     others. Use a local disk: network file systems lack reliable locks. Where inode numbers change at a restart or mount
     (gVisor, FAT, some FUSE file systems), the journal is then refused: use a PostgresJournal.
     """
