@@ -33,7 +33,7 @@ class Outcome:
     refund: Refund | None
     error: errors.LianLianError | None
     attempts: int
-    """The number of apply requests; 0 if the journal had the outcome, or if a concurrent call sent the requests."""
+    """The number of apply requests; 0 if the outcome was recorded, or if a concurrent call sent the requests."""
     queries: int
     seconds: float
     """The duration of the call, including its wait for a connection slot."""

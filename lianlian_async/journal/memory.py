@@ -107,7 +107,7 @@ MOST_MADE: Final = 1_000
 
 
 class OpenRefunds(MemoryJournal):
-    """The memory of a session without a journal: its unresolved refunds, and its last ``MOST_MADE`` made ones.
+    """The memory of a session without a journal: its unresolved refunds, and its last ``MOST_MADE`` outcomes.
 
     So a second call for an unknown refund queries first, and one for a refund that was made sends nothing. No
     unresolved refund is dropped: at ``MOST_OPEN`` of them, the session begins no new one. A rejected refund may be sent
