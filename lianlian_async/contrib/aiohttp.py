@@ -33,19 +33,19 @@ from .web import lifespan as web_lifespan
 __all__ = ["SESSION", "apply_shielded", "get_session", "lifespan", "notifications", "read_request", "refund_errors"]
 
 SESSION: Final = web.AppKey("refund_session", RefundSession)
-"""``app[SESSION]`` is the session, if all :func:`lifespan` of the application together open exactly one."""
+"""``app[SESSION]`` is the session, if the lifespans of the application together open exactly one."""
 
 
 def lifespan(
     *contexts: AbstractAsyncContextManager[Any], sweep: float | None = None
 ) -> Callable[[web.Application], AbstractAsyncContextManager[None]]:
-    """Return a cleanup context that opens ``contexts``, and sweeps, as :func:`.web.lifespan`."""
+    """Return a cleanup context that opens ``contexts``, and sweeps, as :func:`.web.lifespan` does."""
     opened = web_lifespan(*contexts, sweep=sweep)
 
     @asynccontextmanager
     async def stored(app: web.Application) -> AsyncGenerator[None]:
         async with opened(app) as sessions:
-            for session in sessions.values():  # None: another session, also of another lifespan, would be hidden
+            for session in sessions.values():  # None if there are several, also in other lifespans
                 app[SESSION] = session if app.get(SESSION, session) is session else cast("Any", None)
             yield
 
@@ -53,7 +53,7 @@ def lifespan(
 
 
 def get_session(request: web.Request) -> RefundSession:
-    """Return the session of the application or its parent. Raises ``RuntimeError`` if there is none."""
+    """Return the session of the application or its parent. Raises ``RuntimeError`` for none, or for several."""
     session: RefundSession | None = request.config_dict.get(SESSION)
     if session is None:
         raise RuntimeError("exactly one RefundSession must be open: pass it to app.cleanup_ctx.append(lifespan(...))")

@@ -157,7 +157,7 @@ class RefundQueue:
     ) -> None:
         """If a worker has had no heartbeat for ``rescue_after`` seconds, other workers take over its jobs.
 
-        Raises ``ConfigurationError`` if it is less than 1: a busy worker cannot send a heartbeat so often.
+        Raises ``ConfigurationError`` if that is less than 1: a busy worker cannot send a heartbeat so often.
         """
         self._rescue_after = check_seconds("rescue_after", rescue_after, least=1)
         conninfo = connection_string(dsn, _TIMEOUT)
@@ -289,14 +289,14 @@ class RefundQueue:
         wait: bool = True,
         on_outcome: Callable[[Outcome], object] = lambda _: None,
     ) -> None:
-        """Process queued refunds with ``session`` until cancelled. Its journal must be the one of this queue.
+        """Process queued refunds with ``session`` until cancelled. The session's journal must be the queue's.
 
         With ``wait=False``, return when no job is due. ``concurrency``: maximum number of refunds in flight;
         ``on_outcome`` is called with each outcome. After a cancellation, the running refunds finish and the others go
         back into the queue; a second cancellation also cancels the running refunds. Signals are left to your program:
         ``asyncio.run`` turns Ctrl-C into a cancellation, but not SIGTERM. If every further refund would fail with the
-        same error, the worker stops in the same way and raises ``BatchStopped`` or ``ConfigurationError``. A restart
-        of the database also stops it with an error: let a supervisor start it again. A refund without
+        same error, the worker stops as if cancelled once, and raises ``BatchStopped`` or ``ConfigurationError``. A
+        restart of the database also stops it with an error: let a supervisor start it again. A refund without
         ``notify_url`` is queued again if the merchant has none either.
         """
         if not isinstance(session.journal, PostgresJournal) or session.journal.id != await self._journal_id():
@@ -365,7 +365,7 @@ class RefundQueue:
         return self._worker
 
     async def _requeue_lost(self, timestamp: int) -> None:
-        """Queue again: jobs of dead workers, and open refunds without a job. Delete failed jobs that are decided."""
+        """Queue jobs of dead workers and unresolved refunds without a job again; delete decided failed jobs."""
         session, connector = self._working().session, self.app.connector
         for job in await connector.execute_query_all_async(_RESCUE, **self._names, seconds=self._rescue_after):
             cause = "its worker is dead or lacks its task, or the database's clock was set"
@@ -376,7 +376,9 @@ class RefundQueue:
             refunds = [row["refund"] for row in found[start : start + self._slice_size]]
             if lost := [refund for refund in refunds if await _is_open(session, refund)]:
                 await self._put([follow_up(lost, tries=1)])
-                logger.warning("%d open refunds are queued again: no started or follow-up job contains them", len(lost))
+                logger.warning(
+                    "%d unresolved refunds are queued again: no started or follow-up job contains them", len(lost)
+                )
 
 
 async def _chunks(items: AsyncIterable[T], size: int) -> AsyncGenerator[list[T]]:
@@ -391,7 +393,7 @@ async def _chunks(items: AsyncIterable[T], size: int) -> AsyncGenerator[list[T]]
 
 
 async def _is_open(session: RefundSession, refund: Mapping[str, str]) -> bool:
-    """Return whether a refund is unresolved and no call may still send it; one that queries it may have its lease."""
+    """Return whether a refund is unresolved and no call may still send it; a call that queries may have the lease."""
     entry = await cast("PostgresJournal", session.journal).find(refund["no_refund"])
     if entry is None or entry.ending is not None or entry.sent_at is None:
         return False

@@ -85,9 +85,9 @@ _SHOWN: Final = ("no_refund", "sta_refund", "field", "ret_code", "ret_msg", "mea
 def respond(error: Exception, now: datetime | None = None) -> tuple[int, dict[str, str], dict[str, Any]]:
     """Return the HTTP status, headers and JSON body for a ``LianLianError`` (at ``now``); log it if the status is 5xx.
 
-    They tell a client about its refund, and nothing about the service. A rejection has status 402 if its cause is
+    The response tells a client about its refund, and nothing about the service. A rejection has 402 if its cause is
     temporary (balance, limit), 500 if it is the merchant's configuration, else 422; a rejected query has 500 or 502.
-    For ``BatchStopped``, they are about its ``cause``; for a ``JournalError``, about its ``said``, if it is set.
+    For ``BatchStopped``, it is about the ``cause``; for a ``JournalError``, about ``said``, if that is set.
     """
     raised, now = error, now or system_clock().wall
     while isinstance(said := getattr(error, "said", None) or getattr(error, "cause", None), LianLianError):
@@ -165,9 +165,9 @@ def lifespan(
 ) -> Callable[[object], AbstractAsyncContextManager[Any]]:
     """Return a lifespan that opens ``contexts`` in order: a journal, its session, an endpoint.
 
-    For aiohttp, use ``lifespan`` of ``contrib.aiohttp``. ``sweep``: also call the endpoint's ``sweep()`` at the start
-    and every ``sweep`` seconds; 900 is usual. A failed sweep is logged, and the next one still runs. The end of the
-    lifespan cancels a running sweep; the next sweep repeats the interrupted handler calls. Raises
+    For aiohttp, use ``lifespan`` of ``contrib.aiohttp``. ``sweep``: also call the endpoint's ``sweep()`` at the start,
+    and ``sweep`` seconds after each sweep; 900 is usual. A failed sweep is logged, and the next one still runs. The end
+    of the lifespan cancels a running sweep; the next sweep repeats the interrupted handler calls. Raises
     ``ConfigurationError`` for a wrong argument.
     """
     for context in contexts:

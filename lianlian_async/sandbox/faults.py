@@ -101,8 +101,8 @@ def _check_probabilities(_plan: object, _field: object, probabilities: Mapping[F
 class FaultPlan:
     """Decides which fault occurs: a scripted fault if one matches (oldest first), else a random one.
 
-    Every request draws the same number of random values, so a seed and a sequence of requests always give the
-    same faults.
+    Random values are drawn for every request, also for one with a scripted fault, so the same seed and the same
+    requests give the same random faults.
     """
 
     probabilities: Mapping[Fault, float] = attrs.field(validator=_check_probabilities)

@@ -30,7 +30,7 @@ class Repeated(Enum):
     REPLAY = "replay"
     """The answer to the first request again, even if the second one differs; no money moves."""
     AGAIN = "again"
-    """A second refund if the order's amount allows it; with a large ``default_order``, every request makes a refund."""
+    """A second refund, if the order's amount (see ``default_order``) allows it."""
 
 
 @attrs.define(kw_only=True)

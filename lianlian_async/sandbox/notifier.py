@@ -226,7 +226,7 @@ async def post(sender: HttpSender, url: str, body: bytes, patience: float = PATI
 
 
 async def post_once(url: str, body: bytes, transport: AsyncBaseTransport | None = None) -> HttpResponse | NoResponse:
-    """POST a notification on a connection of its own, like :func:`post`."""
+    """POST a notification as :func:`post` does, on a connection of its own."""
     async with aclosing(await HttpSender.open(None, transport, 1, CONTENT_TYPE, backend="httpx")) as sender:
         return await post(sender, url, body)
 
