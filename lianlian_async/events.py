@@ -5,8 +5,8 @@ It may return a context manager, which is entered at once. After ``CallBegan``, 
 exits when the call, attempt or pause has ended, later than ``CallEnded`` and ``AttemptEnded`` are reported. After every
 other event it exits at once. Listener and context manager run in the task that reports the event.
 
-An exception in a listener does not affect the refund. Of each listener, the log shows only the first exception and the
-first run of more than 10 ms. No event contains a key, a signature or a message body. If concurrent calls share one
+An ``Exception`` in a listener does not affect the refund. Of each listener, the log shows only the first exception and
+the first run of more than 10 ms. No event contains a key, a signature or a message body. If concurrent calls share one
 refund, each reports its own ``CallBegan`` and ``CallEnded``; the other events are reported once.
 """
 

@@ -45,7 +45,7 @@ class Queued:
 
 
 class GroupCommitJournal(Journal):
-    """Base of the durable journals: records operations by group commit. An object works only in one event loop.
+    """Base of the durable journals: records operations by group commit. It works only in the event loop that opened it.
 
     If :meth:`_write` fails, each caller of its batch without a result gets a ``JournalError``; whether the operation
     was recorded is not known. If the background task fails or is cancelled, for example at the end of the event loop,

@@ -96,7 +96,7 @@ class SqliteJournal(GroupCommitJournal):
 
 
 class SqliteReader(SqliteJournal):
-    """Reads the journal file ``path``, even while another process has it open. It cannot write: it raises instead."""
+    """Reads the journal file ``path``, even while another process has it open. Writes raise ``JournalError``."""
 
     _is_read_only = True
 
