@@ -211,7 +211,7 @@ class Merchant:
         """Return the merchant. Key paths are relative to ``folder``; ``name`` returns a setting's name in messages."""
         missing = [name(setting) for setting in _REQUIRED if not given.get(setting)]
         if missing:
-            raise ConfigurationError("missing: " + ", ".join(missing))
+            raise ConfigurationError("required, but missing: " + ", ".join(missing))
 
         public = given["gateway_public_keys"]
         public_keys = public.split(",") if isinstance(public, str) else public

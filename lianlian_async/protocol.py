@@ -22,7 +22,7 @@ class Protocol(NamedTuple):
     keys: Keys
 
     def apply_fields(self, request: RefundRequest) -> dict[str, str]:
-        """Return the fields of an apply call. Raises ``InvalidRequest`` without a ``notify_url``."""
+        """Return the fields of an apply request. Raises ``InvalidRequest`` without a ``notify_url``."""
         fields = {"oid_partner": self.merchant.oid_partner, "sign_type": "RSA", **request.to_dict()}
         notify_url = request.notify_url or self.merchant.notify_url
         if notify_url is None:
@@ -32,7 +32,7 @@ class Protocol(NamedTuple):
         return fields
 
     def query_fields(self, query: RefundQuery) -> dict[str, str]:
-        """Return the fields of a query call."""
+        """Return the fields of a query."""
         return {"oid_partner": self.merchant.oid_partner, "sign_type": "RSA", **query.to_dict()}
 
     def seal(self, fields: Mapping[str, str]) -> bytes:
@@ -86,10 +86,10 @@ class Protocol(NamedTuple):
         if refund.ret_code not in (None, "0000"):
             raise errors.MalformedMessage(f"not a refund notification: ret_code is {refund.ret_code}")
         if refund.no_refund is None and refund.oid_refundno is None:
-            raise errors.MalformedMessage("has neither no_refund nor oid_refundno")
+            raise errors.MalformedMessage("the notification has neither no_refund nor oid_refundno")
         for name in ("dt_refund", "money_refund"):
             if name in refund.extra:
-                raise errors.MalformedMessage(f"has no usable {name}")
+                raise errors.MalformedMessage(f"the notification has no usable {name}")
         return refund
 
     def _verified(self, fields: Mapping[str, str]) -> bool:
@@ -98,7 +98,7 @@ class Protocol(NamedTuple):
             self._check_signature(fields, f"answer {fields['ret_code']}")
             return True
         if fields["ret_code"] == "0000":
-            raise errors.SignatureInvalid("answer 0000 without signature")
+            raise errors.SignatureInvalid("answer 0000 has no signature")
         return False
 
     def _check_signature(self, fields: Mapping[str, str], subject: str) -> None:
@@ -119,8 +119,8 @@ class Protocol(NamedTuple):
         raise errors.SignatureInvalid(f"{subject}: invalid signature: no configured gateway key verifies it{cause}")
 
 
-# The findings from error codes; every other class of codes is UNCERTAIN. As the answer to an apply call, NOT_FOUND is
-# uncertain too, because this call may have made the refund.
+# The findings from error codes; any other class of codes is UNCERTAIN. As the answer to an apply request, NOT_FOUND is
+# uncertain too, because the request may have made the refund.
 _APPLY = {
     CodeClass.REJECTED: Finding.REJECTED,
     CodeClass.DUPLICATE: Finding.EXISTS,
@@ -146,10 +146,12 @@ def _message(answer: HttpResponse) -> dict[str, str]:
         raise errors.MalformedMessage(f"HTTP status {answer.status}")
     encoding = answer.headers.get("content-encoding", "identity")
     if encoding.lower() not in ("", "identity") and not _is_charset(encoding):
-        raise errors.MalformedMessage(f"compressed ({encoding[:32]}), although the request asked for identity")
+        raise errors.MalformedMessage(
+            f"the answer is compressed ({encoding[:32]}), although the request asked for identity"
+        )
     fields = wire.decode(answer.body)
     if not fields.get("ret_code"):
-        raise errors.MalformedMessage("no ret_code")
+        raise errors.MalformedMessage("the answer has no ret_code")
     return fields
 
 
@@ -166,7 +168,7 @@ def _match(exchange: Exchange, fields: Mapping[str, str], *, success: bool) -> N
     """Raise ``AnswerMismatch`` or ``RefundConflict`` if the answer belongs to another request.
 
     A success must contain ``oid_partner``, a refund number of the request, and ``money_refund`` if it answers an apply
-    call. An error answer may omit them.
+    request. An error answer may omit them.
     """
     asked = exchange.asked
     if not success:

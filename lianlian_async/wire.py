@@ -27,7 +27,7 @@ _SMALLEST: Final = Decimal("0.01")
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        raise MalformedMessage("duplicate key in the JSON object")
+        raise MalformedMessage("the JSON object has a duplicate key")
     return fields
 
 
@@ -49,28 +49,28 @@ def decode(body: bytes) -> dict[str, str]:
     Anything else (true, lists, objects, duplicate keys, lone surrogates, NUL) raises ``MalformedMessage``.
     """
     if len(body) > MAX_MESSAGE_BYTES:
-        raise MalformedMessage(f"longer than {MAX_MESSAGE_BYTES} bytes")
+        raise MalformedMessage(f"the message is longer than {MAX_MESSAGE_BYTES} bytes")
     try:
         message: object = _DECODER.decode(body.decode())
     except UnicodeDecodeError:
-        raise MalformedMessage("not UTF-8") from None
+        raise MalformedMessage("the message is not UTF-8") from None
     except RecursionError:
-        raise MalformedMessage("nested too deeply") from None
+        raise MalformedMessage("the message is nested too deeply") from None
     except json.JSONDecodeError as error:
-        raise MalformedMessage(f"not JSON: {error.msg} at character {error.pos}") from None
+        raise MalformedMessage(f"the message is not JSON: {error.msg} at character {error.pos}") from None
     if not isinstance(message, dict):
-        raise MalformedMessage("not a JSON object")
+        raise MalformedMessage("the message is not a JSON object")
     fields = {key: value for key, value in message.items() if value is not None}
     for key, value in fields.items():
         if not isinstance(value, str):
             raise MalformedMessage(f"the value of {key[:32]!r} is not a string")
     text = "".join((*fields, *fields.values()))
     if "\0" in text:  # PostgreSQL stores none: one answer would make the writes of other refunds fail, too
-        raise MalformedMessage("NUL in a string")
+        raise MalformedMessage("a string contains NUL")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise MalformedMessage("lone surrogate in a string") from None
+        raise MalformedMessage("a string contains a lone surrogate") from None
     return fields
 
 

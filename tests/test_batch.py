@@ -893,7 +893,7 @@ async def test_a_gateway_that_signs_nothing_stops_a_batch_early():
     """0000 without a signature proves nothing."""
     gateway, outcomes = sandbox(faults={Fault.NO_SIGNATURE: 1.0}), []
     async with session_with(gateway) as session:
-        with pytest.raises(BatchStopped, match="without signature") as caught:
+        with pytest.raises(BatchStopped, match="has no signature") as caught:
             await collect(refund_many(session, Source(60)), outcomes)
     assert len(outcomes) == 4
     assert caught.value.last_exchange.status == 200

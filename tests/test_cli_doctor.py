@@ -112,7 +112,7 @@ def test_a_person_sees_each_cure(env):
 def test_missing_setting(env):
     del env["LIANLIAN_OID_PARTNER"]
     state, text, cure = lines(env, exit_code=1)["merchant"]
-    assert (state, text) == ("failure", "missing: LIANLIAN_OID_PARTNER")
+    assert (state, text) == ("failure", "required, but missing: LIANLIAN_OID_PARTNER")
     assert cure == "correct this setting (LIANLIAN_ variables, or the file of --config)"
 
 

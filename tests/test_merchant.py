@@ -426,12 +426,12 @@ def test_a_missing_variable_is_named(variable, text):
     environ = {name: value for name, value in ENVIRONMENT.items() if name != variable}
     if text is not None:
         environ[variable] = text
-    assert message_of(lambda: Merchant.from_env(environ)) == f"missing: {variable}"
+    assert message_of(lambda: Merchant.from_env(environ)) == f"required, but missing: {variable}"
 
 
 def test_all_missing_variables_are_named_together():
     """One error names all of them."""
-    assert message_of(lambda: Merchant.from_env({})) == "missing: " + ", ".join(ENVIRONMENT)
+    assert message_of(lambda: Merchant.from_env({})) == "required, but missing: " + ", ".join(ENVIRONMENT)
 
 
 @pytest.mark.parametrize(
@@ -546,7 +546,9 @@ def test_missing_settings_are_named_together(tmp_path):
     """Absent and empty settings are all named, with their file."""
     file = write_toml(tmp_path, private_key="", gateway_public_keys=[])
     names = ("oid_partner", "private_key", "gateway_public_keys")
-    assert message_of(lambda: Merchant.from_toml(file)) == "missing: " + ", ".join(f"{file}: {name}" for name in names)
+    assert message_of(lambda: Merchant.from_toml(file)) == "required, but missing: " + ", ".join(
+        f"{file}: {name}" for name in names
+    )
 
 
 def test_unknown_settings_are_named(tmp_path):

@@ -319,7 +319,7 @@ class SandboxGateway:
         if ret_code != "0000":
             if not (ret_code not in answers.UNSIGNED if self.sign_errors is None else self.sign_errors):
                 return dict(answer)
-            if "money_refund" in request:  # an apply call
+            if "money_refund" in request:  # an apply request
                 echo = {name: request[name] for name in ("no_refund", "money_refund") if request.get(name)}
         fields = {**answer, **echo, "oid_partner": request.get("oid_partner", ""), "sign_type": "RSA"}
         return {**fields, "sign": self.gateway_key.sign(signature_source(fields))}
