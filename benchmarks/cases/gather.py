@@ -1,7 +1,7 @@
 """5,000 calls in one `asyncio.gather`.
 
 `apply_refund` on one session with its default settings. All calls must succeed (a `PoolTimeout` ends the run), and the
-last thousand must be as fast as the first. The other rows measure the transport alone: the same 5,000 calls as bare
+last thousand should be as fast as the first. The other rows measure the transport alone: the same 5,000 calls as bare
 POSTs on one `AsyncClient`, over this library's transport and over httpx's own pool. httpx's pool scans all waiting
 requests whenever one ends. Its `timeout` is off, because most of its calls end in `PoolTimeout` with the default.
 """

@@ -1,7 +1,7 @@
 """Memory: `gather` against `refund_many`.
 
 The same refunds are made once in one `asyncio.gather` over `apply_refund`, and once through `refund_many` with a
-generator of requests. There is no network and no RSA, so that nothing else uses memory. The growth is counted from
+generator of requests. There is no network and no RSA, so these use no memory. The growth is counted from
 the first 1,000 refunds on. The memory of gather grows with the number of refunds, because it returns all results at
 once.
 """

@@ -2,7 +2,7 @@
 
 This case validates a request, canonicalizes and encodes it; decodes, matches and models the answer; and runs the
 decision table. It uses keys that cost nothing, and no event loop. The yardstick is one 1024-bit signature by OpenSSL
-and one `AsyncClient.post` on a `MockTransport`: no program can do without them.
+and one `AsyncClient.post` on a `MockTransport`: a program on httpx needs both.
 """
 
 from __future__ import annotations

@@ -4,13 +4,13 @@ The same refunds are made by programs that one might write instead, and by this 
 with the extra `fast`. The floor is the sum of the necessary parts alone: a signature and a verification by OpenSSL,
 JSON and source strings, and a POST by raw aiohttp. All programs but one verify the answers.
 
-Compare the CPU per refund first: it does not depend on other users of the machine. The rates do: if the last column
+Compare the CPU per refund first: it depends less on other users of the machine than the rate. If the last column
 is well below the number of processors, another program used the machine.
 
 The naive program has httpx's default limits (100 connections, 20 of them kept alive); the second one has a pool of
-64. Raw aiohttp and the naive programs sign on the event loop, which is blocked meanwhile (see `lag`); requests with
-threads has no event loop. With `fast`, the library costs more than the floor because of httpx's client, the signing
-thread, the library's own code (see `own_cpu`), and the event loop's tasks and cancel scopes.
+64. Raw aiohttp, httpx with OpenSSL and the naive programs sign on the event loop, which is blocked meanwhile (see
+`lag`); requests with threads has no event loop. With `fast`, the library costs more than the floor because of httpx's
+client, the signing thread, the library's own code (see `own_cpu`), and the event loop's tasks and cancel scopes.
 """
 
 from __future__ import annotations
