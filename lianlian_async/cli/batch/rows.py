@@ -82,7 +82,7 @@ def read_rows(file: IO[bytes], name: str, columns: Columns, encoding: str) -> It
     first = next(lines, "")
     is_json = _SUFFIXES.get(PurePath(name).suffix.lower(), first.lstrip().startswith("{"))
     if is_json and first.lstrip().startswith("["):
-        raise _unreadable("line 1: a JSON array; convert it to JSON Lines, with one object on each line")
+        raise _unreadable("line 1 is a JSON array; convert it to JSON Lines, with one object on each line")
     lines = chain([first], lines)
     yield from _json_rows(lines, columns) if is_json else _csv_rows(lines, columns)
     if unseen := columns.renamed.values() - columns.seen.keys():
@@ -137,7 +137,7 @@ def _csv_rows(lines: Iterator[str], columns: Columns) -> Iterator[Row]:
                 header = [cell.strip() for cell in cells]
                 names = columns.of(header)
                 if not {"no_refund", "money_refund"}.intersection((*names.values(), *columns.renamed)):
-                    raise ValueError("not a header: no column is no_refund or money_refund; use --map to name them")
+                    raise ValueError("no column is no_refund or money_refund; add a header, or use --map to name them")
             begins = reader.line_num + 1 + skipped
     except (csv.Error, ValueError) as error:
         raise _unreadable(f"line {begins}: {error}") from None
@@ -150,9 +150,9 @@ def _fields(cells: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str
 # ── text ─────────────────────────────────────────────────────────────────────────────────────────
 
 _NOT_TEXT: Final = {
-    b"PK\x03\x04": "an Excel workbook (.xlsx) or another zip archive: open it and save it as CSV (UTF-8)",
-    b"\xd0\xcf\x11\xe0": "an old Excel workbook (.xls): open it and save it as CSV (UTF-8)",
-    b"\x1f\x8b": "compressed with gzip: decompress it first",
+    b"PK\x03\x04": "is an Excel workbook (.xlsx) or another zip archive: open it and save it as CSV (UTF-8)",
+    b"\xd0\xcf\x11\xe0": "is an old Excel workbook (.xls): open it and save it as CSV (UTF-8)",
+    b"\x1f\x8b": "is compressed with gzip: decompress it first",
 }
 _BOMS: Final = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _LINE_END: Final = re.compile(r"\r\n|\r|\n")
@@ -175,7 +175,7 @@ def _text_lines(file: IO[bytes], encoding: str) -> Iterator[str]:
         with io.TextIOWrapper(stream, encoding, newline="") as text:
             for number, line in enumerate(text, 1):
                 if "\0" in line:
-                    raise _unreadable(f"line {number}: contains NUL bytes; if it is UTF-16, use --encoding utf-16-le")
+                    raise _unreadable(f"line {number} contains NUL bytes; if it is UTF-16, use --encoding utf-16-le")
                 if may_be_utf8 and not line.isascii():
                     as_utf8 = line.encode(encoding).decode(errors="replace")
                     may_be_utf8 = "\ufffd" not in as_utf8
@@ -187,7 +187,7 @@ def _text_lines(file: IO[bytes], encoding: str) -> Iterator[str]:
         # ``number`` counts the lines of earlier chunks. Add the lines of this chunk that precede the invalid bytes.
         before = getattr(error, "object", b"")[: getattr(error, "start", 0)].decode(encoding, "replace")
         at = number + 1 + len(_LINE_END.findall(before))
-        raise _unreadable(f"line {at}: not {encoding}; give the file's encoding, such as --encoding gb18030") from None
+        raise _unreadable(f"line {at} is not {encoding}; give the encoding, such as --encoding gb18030") from None
 
 
 def _unreadable(reason: str) -> click.BadParameter:
@@ -221,7 +221,7 @@ def damaged(fields: Mapping[str, str]) -> Iterator[Problem]:
         text = fields.get(name, "").strip()
         if match := _DAMAGED.fullmatch(text):
             reason = list(_DAMAGE)[cast("int", match.lastindex) - 1]
-            yield Problem(name, f"{reason}; {_CURE}", repr(text[:40]))
+            yield Problem(name, f"is damaged ({reason}); {_CURE}", repr(text[:40]))
 
 
 def rounded(fields: Mapping[str, str]) -> Iterator[str]:

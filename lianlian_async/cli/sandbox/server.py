@@ -32,7 +32,7 @@ def serving(gateway: SandboxGateway | Notifier, host: str = "127.0.0.1", port: i
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise ConfigurationError(f"{host} port {port}: {error.strerror}") from None
+        raise ConfigurationError(f"{host} port {port}: {error.strerror}; use another host or port") from None
     with listener:  # the kernel queues connections until the server runs
         config = uvicorn.Config(
             gateway,
