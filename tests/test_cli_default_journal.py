@@ -251,7 +251,7 @@ def test_one_of_two_batches_that_start_together_is_refused(file, journal):
         for name in ("first", journal)
     )
     first(60)
-    with pytest.raises(click.UsageError, match=r"another batch has written .*refunds\.csv\.receipt just now"):
+    with pytest.raises(click.UsageError, match=r"another batch just wrote .*refunds\.csv\.receipt"):
         second(60)
     assert read_lines(receipt_of(file))[0]["journal"] == "first"
     first(0)

@@ -172,7 +172,7 @@ def test_file_that_is_not_a_statement_is_refused(env, journal, gateway, file):
     foreign = file.rename(file.with_name("JYMX_M2_20261122.txt"))
     ended = run("reconcile", foreign, "--journal", journal)
     assert ended.exit_code == 2
-    assert f"journal: belongs to merchant {gateway.oid_partner}, not M2" in ended.stderr
+    assert f"the journal belongs to merchant {gateway.oid_partner}, not M2" in ended.stderr
 
 
 def test_full_disk_is_an_error(env, journal, gateway, file):
@@ -209,7 +209,7 @@ def test_a_statement_does_not_overrule_the_gateway(env, journal, gateway, file):
     send(env, journal, gateway, 0, unknown=When.BEFORE)
     ended = run("reconcile", file, "--journal", journal, "--apply", env=env)
     assert ended.exit_code == 3
-    assert "R-0: in a statement, but LianLian has no such record" in ended.stderr
+    assert "R-0 is in a statement, but LianLian has no such record" in ended.stderr
     assert states(journal, 0) == [State.UNRESOLVED]
 
 

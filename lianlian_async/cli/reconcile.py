@@ -90,7 +90,7 @@ def _encoding(path: Path) -> str:
 async def _compare(found: Reconciliation, place: str, output: Output) -> None:
     async with open_reader(place, output.note) as reader:
         if (owner := reader.owner) is not None and owner.oid_partner != found.oid_partner:
-            raise ConfigurationError(f"journal: belongs to merchant {owner.oid_partner}, not {found.oid_partner}")
+            raise ConfigurationError(f"the journal belongs to merchant {owner.oid_partner}, not {found.oid_partner}")
         async with aclosing(iterate(reader.entries())) as entries:
             async for entry in entries:
                 found.compare(entry)
@@ -115,7 +115,7 @@ async def _apply(found: Reconciliation, merchant: Merchant, place: str, output: 
         except JournalError:
             raise
         except RefundNotFound:
-            output.note(f"{entry.no_refund}: in a statement, but LianLian has no such record: ask LianLian's support")
+            output.note(f"{entry.no_refund} is in a statement, but LianLian has no such record: ask LianLian's support")
         except LianLianError as error:
             output.note(str(error))
 

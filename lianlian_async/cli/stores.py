@@ -134,7 +134,7 @@ def find_journal(place: str | None, config: Path | None, *, exists: bool = True)
     if exists and not is_dsn(found):
         check_file(Path(found))
         if not Path(found).is_file():
-            raise click.UsageError(f"{found}: no such journal; `lianlian batch` creates it, or {_NAME_IT}")
+            raise click.UsageError(f"{found}: there is no such journal; `lianlian batch` creates it, or {_NAME_IT}")
     return found
 
 

@@ -120,7 +120,7 @@ def _receipt_writer(output: Output, file: str, ours: Receipt, options: Mapping[s
         try:
             ours.write(path, others, seconds, is_first=is_first)
         except FileExistsError:
-            raise click.UsageError(f"another batch has written {path} just now; nothing was sent") from None
+            raise click.UsageError(f"another batch just wrote {path}; nothing was sent; try again later") from None
         except OSError as error:
             output.note(f"{path}: {error.strerror}; the receipt was not written")
         is_first = False

@@ -86,7 +86,7 @@ def read_rows(file: IO[bytes], name: str, columns: Columns, encoding: str) -> It
     lines = chain([first], lines)
     yield from _json_rows(lines, columns) if is_json else _csv_rows(lines, columns)
     if unseen := columns.renamed.values() - columns.seen.keys():
-        raise click.BadParameter(f"no such column: {', '.join(sorted(unseen))}", param_hint="--map")
+        raise click.BadParameter(f"the file has no such column: {', '.join(sorted(unseen))}", param_hint="--map")
 
 
 def _json_rows(lines: Iterable[str], columns: Columns) -> Iterator[Row]:
