@@ -29,9 +29,9 @@ At `ask_again_at`, run `lianlian query`, or repeat the same `lianlian batch`, wh
 `lianlian batch` sends the refund again only if LianLian has no record 15 minutes after the last attempt.""",
     "journal": """\
 A journal records each refund before it is sent, and later its outcome. After a crash, run the same batch again.
-One process at a time sends with a file: by default one in your application folder, else --journal PATH.
+One process at a time sends with a journal file: by default one in your application folder, else --journal PATH.
 Several processes share a journal in PostgreSQL. Put its URL into LIANLIAN_JOURNAL.
-`lianlian journal show` lists the oldest unknown refunds; `lianlian journal resume` tries to resolve all.
+`lianlian journal show` lists the oldest unknown refunds; `lianlian journal resume` tries to resolve all of them.
 Never delete a journal. If it is lost, wait 15 minutes after the last run: LianLian may show a
 refund late. Then use `lianlian batch --accept-new-journal --query-first`.
 A journal belongs to one merchant and one apply URL.""",
@@ -39,7 +39,7 @@ A journal belongs to one merchant and one apply URL.""",
 One process: run `lianlian batch FILE`. Only one process at a time can send with a journal file; a second batch waits.
 Several processes: `lianlian batch FILE --queue` fills a queue in PostgreSQL; any number of `lianlian worker` share it.
 The queue and its journal belong to one merchant: another merchant needs another database.
-A lease on each refund keeps other workers from sending it. If a worker dies, another one resolves its refunds.
+A lease on each refund keeps other workers from sending it. If a worker dies, another worker resolves its refunds.
 After SIGINT or SIGTERM, a worker finishes the refunds in flight and ends. A batch cancels them: run it again.""",
 }
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 """A command's function, which options decorate."""
 
-# The session adds these fields itself. LianLian's sample requests spell one of them with a trailing blank.
+# The session adds these fields itself. LianLian's sample requests spell sign_type with a trailing blank.
 SIGNATURE_FIELDS: Final = ("sign_type", "sign_type ", "sign")
 
 JOURNAL: Final = "LIANLIAN_JOURNAL"

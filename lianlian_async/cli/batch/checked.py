@@ -144,7 +144,7 @@ class Checked:
         if problems:
             raise InvalidRequest(problems)
         if self._derive and "no_refund" not in fields:
-            if {"no_order", "oid_paybill"} <= fields.keys():  # a file with one of them would give another number
+            if {"no_order", "oid_paybill"} <= fields.keys():  # with only one of the two, the number would differ
                 rule = "is required in a line with no_order and oid_paybill"
                 raise InvalidRequest([Problem("no_refund", rule, "no")])
             request = RefundRequest.from_dict({**fields, "no_refund": "derived"})
@@ -216,7 +216,7 @@ class Checked:
     def unsent_lines(self) -> Iterator[tuple[int, dict[str, str] | None, dict[str, str], str]]:
         """Yield line, fields, cells and problem of each line not to be sent. The calling thread reads from disk.
 
-        The fields are None if the line is invalid. Otherwise the line repeats another one.
+        The fields are None if the line is invalid. Otherwise the line repeats an earlier line.
         """
         for line, fields, cells, problem in self._do(_READ_UNSENT):
             yield line, json.loads(fields or "null"), json.loads(cells), problem

@@ -35,7 +35,7 @@ _VALID: Final = "valid, nothing was sent"
 _POLL: Final = 1.0
 """Seconds between two attempts to open a journal, and between two checks whether only unknown refunds remain."""
 _RECEIPT: Final = 60.0
-"""Seconds of sending that one receipt covers. The batch writes the next one after half of this time."""
+"""Seconds of sending that one receipt covers. The batch writes the next receipt after half of this time."""
 
 
 def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) -> int:

@@ -134,8 +134,8 @@ def audit(
 ) -> tuple[list[tuple[str, int, int]], list[str]]:
     """Compare the outcomes with ``made``: how many times the gateway made each refund.
 
-    Return for each outcome its word, the number of its refunds and how often these were made; then those of ``numbers``
-    whose outcome contradicts ``made``. A refund that was not started has no outcome.
+    Return rows (word of an outcome, its refunds, how often the gateway made them), and the refunds of ``numbers`` whose
+    outcome contradicts ``made``. A refund that was not started has no outcome.
     """
     refunds, times_made = Counter(dict.fromkeys((MADE, REJECTED, NOT_SENT, UNKNOWN), 0)), Counter[ExitOutcome]()
     for number, outcome in outcomes.items():

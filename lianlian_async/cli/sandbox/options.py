@@ -112,6 +112,6 @@ def sandbox() -> None:
 def demo() -> None:
     """Make refunds at a faulty gateway, and check its ledger.
 
-    The gateway is a fake: it loses, delays and forges responses, and makes a refund twice if the client sends it
-    twice. Exit code 0 if the ledger confirms every outcome, 1 if not.
+    The gateway is a fake: it loses, delays and forges responses, and makes a refund twice if the client sends
+    the refund twice. Exit code 0 if the ledger confirms every outcome, 1 if not.
     """
