@@ -2,9 +2,9 @@
 
 Each worker takes its refunds from a queue. The gateway answers after 50 ms. The table compares one, two and three
 workers, and one process that makes the same refunds with `refund_many` on a `PostgresJournal` and on a
-`SqliteJournal`. The queue adds five transactions for each slice of 200 refunds; the journal's transactions are
-added. With 8 refunds in flight a worker mostly waits for the gateway, so two workers make nearly twice as many.
-Processors limit a fleet: here the workers, PostgreSQL and the gateway share two.
+`SqliteJournal`. To the journal's transactions, the queue adds five for each slice of 200 refunds. With 8 refunds
+in flight a worker mostly waits for the gateway, so two workers make nearly twice as many. Processors limit a fleet:
+here the workers, PostgreSQL and the gateway share two.
 """
 
 from __future__ import annotations

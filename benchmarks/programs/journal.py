@@ -68,7 +68,7 @@ class _FirstQuestion(httpx.AsyncBaseTransport):
 
 
 async def _reopen(job: frame.Job) -> dict[str, float]:
-    logging.disable()  # of what is cancelled at the end
+    logging.disable()  # the refunds that are cancelled at the end log warnings
     merchant, transport = stamps.merchant(), _FirstQuestion()
     began = time.perf_counter()
     async with (

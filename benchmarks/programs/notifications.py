@@ -102,7 +102,7 @@ def _pycryptodome(key: Path) -> Callable[[bytes, str], bool]:
 
 
 async def _while_refunding(job: frame.Job, notify: Callable[[int], Awaitable[None]]) -> dict[str, float]:
-    """Notify ``job.refunds`` times, while as many refunds are in flight as there is time for."""
+    """Notify ``job.refunds`` times, while ``job.in_flight`` refunds are in flight."""
     numbers, made = count(), 0
     late: list[float] = []
     all_answered = asyncio.Event()
@@ -120,7 +120,7 @@ async def _while_refunding(job: frame.Job, notify: Callable[[int], Awaitable[Non
             made += 1
 
     merchant = workload.merchant(job.keys, job.url)
-    logging.disable()  # of the refunds that are cancelled at the end
+    logging.disable()  # the refunds that are cancelled at the end log warnings
     async with RefundSession(merchant, max_connections=job.in_flight) as session, asyncio.TaskGroup() as tasks:
         refunding = [tasks.create_task(keep_refunding(session)) for _ in range(job.in_flight)]
         await asyncio.sleep(1.0)  # connections are open by then

@@ -42,7 +42,7 @@ def poster(http: httpx.AsyncClient, url: str) -> frame.Refund:
     padding = b"x" * 600
 
     async def post(number: int) -> None:
-        # A number whose signature the server does not ask for.
+        # The server verifies no signature of this number.
         body = b'{"no_refund":"R-%d","sign":"%s"}' % (10 + number, padding)
         response = await http.post(url, content=body, headers=workload.HEADERS)
         if response.status_code != 200:
