@@ -82,7 +82,7 @@ class _Request:
     _rules: ClassVar[Rules]
     _either: ClassVar[tuple[str, str]]
 
-    def __attrs_post_init__(self) -> None:  # called in a user's subclass
+    def __attrs_post_init__(self) -> None:  # attrs calls it in a user's subclass
         self._set(_values(self), self._rules)
 
     def _set(self, given: Mapping[str, Any], rules: Rules) -> Self:
@@ -294,7 +294,7 @@ class RefundRecord:
     raw: Mapping[str, str] = attrs.field(factory=dict, converter=_read_only, repr=False, eq=False)
     """The mapping as received, including the signature."""
     last_exchange: LastExchange | None = attrs.field(default=None, repr=False, eq=False)
-    """The HTTP exchange of the answer, for support tickets; None for a refund from a journal or a notification."""
+    """The HTTP exchange of the answer, for support tickets; None for a record from a journal or a notification."""
 
     @classmethod
     def from_dict(

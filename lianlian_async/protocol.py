@@ -116,7 +116,9 @@ class Protocol(NamedTuple):
                 f"; the signature is valid without the undocumented fields {others}. LianLian probably did not sign "
                 "them: report this to LianLian's support"
             )
-        raise errors.SignatureInvalid(f"{subject}: invalid signature: no configured gateway key verifies it{cause}")
+        raise errors.SignatureInvalid(
+            f"{subject} has an invalid signature: no configured gateway key verifies it{cause}"
+        )
 
 
 # The findings from error codes; any other class of codes is UNCERTAIN. As the answer to an apply request, NOT_FOUND is

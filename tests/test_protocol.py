@@ -344,7 +344,7 @@ def test_an_undocumented_field_does_not_explain_the_signature_of_another_key():
     """The error names unsigned fields only if the signature is valid without them."""
     reply = read(APPLY, {**made(APPLY.asked, STRANGER.private), "bank_name": "x"})
     assert_uncertain(reply, SignatureInvalid)
-    assert str(reply.error) == "answer 0000: invalid signature: no configured gateway key verifies it"
+    assert str(reply.error) == "answer 0000 has an invalid signature: no configured gateway key verifies it"
 
 
 def test_at_most_eight_undocumented_fields_are_named_in_part():
@@ -617,7 +617,7 @@ def test_reading_never_raises(asking, status, headers, body):
 
 def test_a_refused_notification_is_named_in_its_error():
     """The error names the message, and both merchants of another merchant's notification."""
-    with pytest.raises(SignatureInvalid, match=r"^notification: invalid signature"):
+    with pytest.raises(SignatureInvalid, match=r"^notification has an invalid signature"):
         PROTOCOL.read_notification(notification(key=STRANGER.private))
     with pytest.raises(AnswerMismatch) as caught:
         PROTOCOL.read_notification(notification(oid_partner="201601010000000002"))

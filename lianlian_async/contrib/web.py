@@ -206,4 +206,4 @@ async def _sweep(endpoint: NotificationEndpoint, seconds: float) -> None:
 
 def _log_end(error: BaseException | None) -> None:
     if error is not None:  # the lifespan did not cancel the sweep
-        logger.error("sweep: ended, and does not run again", exc_info=error)
+        logger.error("sweep: ended, and does not run again: restart the service", exc_info=error)

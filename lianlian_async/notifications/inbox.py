@@ -35,14 +35,14 @@ _SCAN_EVERY: Final = 30.0
 _LONGEST_BACKOFF: Final = 300.0
 """Seconds. The backoffs double from one second up to this."""
 MOST_RECENT: Final = 10_000
-"""Maximum number of refunds that :class:`RecentRefunds` remembers."""
+"""Number of refunds that :class:`RecentRefunds` remembers after the handler has run."""
 
 
 class RecentRefunds(MemoryJournal):
-    """The latest ``MOST_RECENT`` refunds of one endpoint; a refund is not removed while the handler runs for it."""
+    """The latest ``MOST_RECENT`` refunds of one endpoint, and older ones for which the handler runs."""
 
     async def record(self, operation: Operation[E]) -> E:
-        """Record ``operation``, and remove the oldest entries beyond ``MOST_RECENT``."""
+        """Record ``operation``, and remove the oldest entries beyond ``MOST_RECENT`` that have no lease."""
         answer = await super().record(operation)
         self._entries[operation.no_refund] = self._entries.pop(operation.no_refund)  # move it to the end
         while len(self._entries) > MOST_RECENT:
@@ -217,7 +217,9 @@ class Inbox:
 
 def _log_end(error: BaseException | None) -> None:
     if error is not None:
-        logger.error("the inbox's worker has failed; no more notifications are accepted", exc_info=error)
+        logger.error(
+            "the inbox's worker has failed, so no notification is accepted: open the endpoint again", exc_info=error
+        )
 
 
 def _intent(refund: Refund, lease: float) -> Intent:
