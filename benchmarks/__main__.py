@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def _variant(options: argparse.Namespace) -> list[str]:
-    """Return the options that make it another experiment, with its own sections and charts."""
+    """Return the options of a variant, which has sections and charts of its own."""
     return [
         *([f"--bits {options.bits}"] if options.bits != 2048 else []),
         *(f"--{name}" for name in ("tls", "unpinned", "quick") if getattr(options, name)),

@@ -25,12 +25,12 @@ _SHOWN = ("anyio", "httpx", "httpcore", "h11", "pycryptodome", "attrs", "cryptog
 
 
 def missing_extras() -> list[str]:
-    """The packages of the extra `bench` that this interpreter lacks."""
+    """Return the packages of the extra `bench` that this interpreter lacks."""
     return [name for name in _EXTRAS if find_spec(name) is None]
 
 
 def core_python(cache: Path) -> str:
-    """An interpreter that has the library's four dependencies and nothing else; made in ``cache`` when missing."""
+    """Return an interpreter with only the library's four dependencies; create it in ``cache`` if it is missing."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     folder = cache / f"core-{platform.python_version()}"
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
@@ -46,14 +46,14 @@ def core_python(cache: Path) -> str:
 
 
 def versions(python: str) -> dict[str, str]:
-    """The versions of the packages that matter, as ``python`` has them."""
+    """Return the versions of the packages of ``_SHOWN`` that ``python`` has."""
     told = subprocess.run([python, "-c", _VERSIONS, *_SHOWN], check=True, capture_output=True, text=True)
     found: dict[str, str] = json.loads(told.stdout)
     return found
 
 
 def description(pythons: dict[str, str]) -> str:
-    """One paragraph: when, which commit, which machine, which versions in each of ``pythons``."""
+    """Return one paragraph: date, commit, machine, and the versions in each of ``pythons``."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, check=False, capture_output=True, text=True)
     shown: dict[str, str] = {}

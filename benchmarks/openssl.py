@@ -46,7 +46,7 @@ def _private_pem(key: rsa.RSAPrivateKey) -> bytes:
 
 
 def signer(path: Path) -> Callable[[bytes], str]:
-    """The function that signs with the private key at ``path``."""
+    """Return a function that signs with the private key at ``path``."""
     key = serialization.load_pem_private_key(path.read_bytes(), None)
     if not isinstance(key, rsa.RSAPrivateKey):
         raise TypeError(path)
@@ -54,7 +54,7 @@ def signer(path: Path) -> Callable[[bytes], str]:
 
 
 def verifier(path: Path) -> Callable[[bytes, str], bool]:
-    """The function that verifies with the public key at ``path``."""
+    """Return a function that verifies with the public key at ``path``."""
     key = serialization.load_pem_public_key(path.read_bytes())
     if not isinstance(key, rsa.RSAPublicKey):
         raise TypeError(path)

@@ -20,7 +20,7 @@ OURS = (CORE, FAST)
 
 
 def program(label: str, job: Job) -> Program:
-    """The program behind a name, doing ``job``."""
+    """Return the program named ``label``, to do ``job``."""
     openssl = {"LIANLIAN_SIGNING_BACKEND": "openssl"}
     return {
         NAIVE: Program("httpx_inline", job, core=True),

@@ -37,7 +37,7 @@ class Report:
         self.parts.append("\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines))
 
     def targets(self, rows: Sequence[tuple[str, Spread, str, float]]) -> None:
-        """Add the figures to reach: what, measured, ``≤`` or ``≥``, bound."""
+        """Add a table of goals; each row is a figure's name, its measured value, ``≤`` or ``≥``, and the bound."""
         shown = []
         for what, measured, sign, bound in rows:
             reached = measured.median <= bound if sign == "≤" else measured.median >= bound
@@ -46,7 +46,7 @@ class Report:
 
     @property
     def command(self) -> str:
-        """The arguments that run this case."""
+        """Return the arguments that run this case."""
         return " ".join([self.case, *self.variant])
 
     def titled(self, what: str) -> str:
@@ -62,7 +62,7 @@ class Report:
         self.parts.append(f"![{title}]({name})")
 
     def markdown(self, conditions: str) -> str:
-        """The section."""
+        """Return the section."""
         paragraphs = [f"## `{self.command}`: {self.title}", self.text.strip(), *self.parts, f"_{conditions}_"]
         return "\n\n".join(paragraphs) + "\n"
 

@@ -63,11 +63,11 @@ class Rounds:
         self._samples = samples
 
     def of(self, label: Hashable, figure: str) -> Spread:
-        """One program's own figure."""
+        """Return a figure of one program."""
         return Spread.of([sample[figure] for sample in self._samples[label]])
 
     def ratio(self, one: Hashable, other: Hashable, figure: str, other_figure: str | None = None) -> Spread:
-        """The figure of ``one`` over that of ``other``, each pair taken from the same round."""
+        """Return the figure of ``one`` divided by that of ``other``, in pairs of the same round."""
         pairs = zip(self._samples[one], self._samples[other], strict=True)
         return Spread.of([a[figure] / b[other_figure or figure] for a, b in pairs])
 
@@ -100,12 +100,12 @@ class Bench:
             self.client_cpu = None
 
     def size(self, full: int) -> int:
-        """``full``, or a tenth of it in a quick run."""
+        """Return ``full``, or a tenth of it in a quick run."""
         return max(1, full // 10) if self.quick else full
 
     @contextmanager
     def server(self, answers: int = 0, *, bits: int | None = None, delay: float = 0.0) -> Iterator[Server]:
-        """A gateway process that has ``answers`` signed before it serves; keys of ``bits``."""
+        """Run a gateway process, which signs ``answers`` answers before it serves, with keys of ``bits``."""
         from . import openssl
 
         with tempfile.TemporaryDirectory(dir=self._cache) as folder:
@@ -132,7 +132,7 @@ class Bench:
     def interleave(
         self, programs: Mapping[Any, Program], server: Server | None = None, *, rounds: int | None = None
     ) -> Rounds:
-        """Run the programs A B C, A B C …; with a ``server``, make sure that it saw all of their work."""
+        """Run the programs A B C, A B C …; with a ``server``, check that it saw all refunds."""
         samples: dict[Hashable, list[Sample]] = {label: [] for label in programs}
         rounds = rounds or self.rounds
         for number in range(1, rounds + 1):

@@ -34,7 +34,7 @@ class Gateway:
         self.stats = {"requests": 0, "refused": 0, "most_connections": 0}
 
     def respond(self, head: bytes, body: bytes) -> bytes:
-        """The response to one request."""
+        """Return the response to one request."""
         if head.startswith(b"GET"):
             told = json.dumps(self.stats).encode()
             self.stats = {"requests": 0, "refused": 0, "most_connections": self.open}

@@ -42,7 +42,7 @@ def _number(value: float) -> str:
 
 
 def bars(title: str, unit: str, rows: Mapping[str, Spread], ours: Sequence[str] = ()) -> str:
-    """A horizontal bar for each row, its spread as a line; the rows in ``ours`` stand out."""
+    """Draw a horizontal bar for each row, its spread as a line; the rows in ``ours`` have another colour."""
     left, right, top, step = 310, 80, 40, 30
     longest, shortest = max(row.high for row in rows.values()), min(row.low for row in rows.values())
     is_log = longest > 200 * shortest  # else the shortest bar would be less than three pixels
@@ -72,7 +72,7 @@ def bars(title: str, unit: str, rows: Mapping[str, Spread], ours: Sequence[str] 
 def lines(
     title: str, x_title: str, y_title: str, series: Mapping[str, Mapping[int, float]], *, log_y: bool = False
 ) -> str:
-    """A line for each of ``series`` (x → y) over a logarithmic x axis, its name at its right end."""
+    """Draw a line for each of ``series`` (x → y) over a logarithmic x axis, with its name at its right end."""
     left, right, top, height = 70, max(250, 20 + 8 * max(map(len, series))), 60, 300
     xs = sorted({x for line in series.values() for x in line})
     ys = [y for line in series.values() for y in line.values()]

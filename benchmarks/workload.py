@@ -33,7 +33,7 @@ _ANSWER = {
 
 
 def request_fields(index: int) -> dict[str, str]:
-    """The fields that a program has to sign and send for refund ``index``."""
+    """Return the fields that a program has to sign and send for refund ``index``."""
     return {
         "oid_partner": OID_PARTNER,
         "sign_type": "RSA",
@@ -60,7 +60,7 @@ def source(fields: dict[str, str]) -> bytes:
 
 
 def merchant(keys: str, url: str) -> Any:
-    """The ``Merchant`` whose keys lie in the folder ``keys`` and whose gateway is at ``url``."""
+    """Return the ``Merchant`` whose keys are in the folder ``keys`` and whose gateway is at ``url``."""
     from lianlian_async import Endpoints, Merchant
 
     return Merchant(
@@ -73,7 +73,7 @@ def merchant(keys: str, url: str) -> Any:
 
 
 def refund_request(index: int) -> Any:
-    """Refund ``index`` as a ``RefundRequest``, built from Python values as a shop would."""
+    """Return refund ``index`` as a ``RefundRequest`` of Python values, as a shop would build it."""
     from datetime import UTC, datetime
     from decimal import Decimal
 

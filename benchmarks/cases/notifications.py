@@ -75,7 +75,7 @@ def _program(label: str, job: Job) -> Program:
 
 
 def _sign(keys: Path, number: int) -> None:
-    """Write so many notifications, a line each, of refunds that were applied for one after the other."""
+    """Write ``number`` notifications, one on each line, of refunds with increasing ``dt_refund``."""
     sign = openssl.signer(keys / "gateway.pem")
     moment = datetime(2024, 1, 2, 3, 4, 5)  # noqa: DTZ001 - in China, where the gateway is
     with (keys / FILE).open("w", encoding="utf-8") as file:

@@ -90,14 +90,14 @@ def _first(job: frame.Job, dsn: str) -> dict[str, float]:
 
 
 def _written_bytes(dsn: str) -> int:
-    """How much the server has written to its write-ahead log since it began."""
+    """Return how many bytes the server has written to its write-ahead log since it was created."""
     with psycopg.connect(dsn) as connection:
         [(written,)] = connection.execute("SELECT pg_current_wal_insert_lsn() - '0/0'")
     return int(written)
 
 
 def _database_seconds(dsn: str) -> float:
-    """CPU seconds of the server's processes, those that have ended included (Linux)."""
+    """Return the CPU seconds of the server's processes, also of those that have ended (Linux)."""
     with psycopg.connect(dsn) as connection:
         [(postmaster,)] = connection.execute("SELECT split_part(pg_read_file('postmaster.pid'), E'\\n', 1)")
         ticks = 0

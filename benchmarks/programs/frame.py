@@ -49,12 +49,12 @@ def main(program: Callable[[Job], Any]) -> None:
 
 
 def timed(count: int, began: tuple[float, float]) -> dict[str, float]:
-    """The figures of ``count`` refunds since ``began = clocks()``."""
+    """Return the figures of ``count`` refunds since ``began = clocks()``."""
     return figures(count, began, clocks())
 
 
 def figures(count: int, began: tuple[float, float], ended: tuple[float, float]) -> dict[str, float]:
-    """The figures of ``count`` refunds between two readings of the clocks."""
+    """Return the figures of ``count`` refunds between two readings of the clocks."""
     return {
         "refunds": count,
         "seconds": ended[0] - began[0],
@@ -66,13 +66,13 @@ def figures(count: int, began: tuple[float, float], ended: tuple[float, float]) 
 
 
 def peak_mib() -> float:
-    """The peak of this process's resident memory, in MiB."""
+    """Return the peak of this process's resident memory, in MiB."""
     # Not getrusage: on Linux its ru_maxrss begins with what the parent process had.
     return _status("VmHWM")
 
 
 def resident_mib() -> float:
-    """The resident memory of this process, in MiB; on systems without /proc, its peak."""
+    """Return the resident memory of this process, in MiB; on systems without /proc, its peak."""
     return _status("VmRSS")
 
 
@@ -85,12 +85,12 @@ def _status(name: str) -> float:
 
 
 def clocks() -> tuple[float, float]:
-    """Wall clock and this process's CPU time over all of its threads."""
+    """Return a monotonic time and this process's CPU time over all of its threads, in seconds."""
     return time.perf_counter(), time.process_time()
 
 
 async def measured(job: Job, refund: Refund) -> dict[str, float]:
-    """Make the job's refunds with ``in_flight`` workers; rate, CPU and, if asked for, the loop's lag."""
+    """Make the job's refunds with ``in_flight`` workers. Return rate, CPU and, with ``idle``, the loop's lag."""
     await drive(refund, range(job.warm_up), job.in_flight)
     idle = Lag()
     if job.idle:
@@ -150,6 +150,6 @@ class Lag:
                 due += self.INTERVAL
 
     def p(self, share: float) -> float:
-        """The quantile ``share``, in milliseconds."""
+        """Return the quantile ``share``, in milliseconds."""
         ordered = sorted(self.milliseconds)
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

@@ -16,7 +16,7 @@ from . import frame
 
 
 def client(option: str, connections: int) -> httpx.AsyncClient:
-    """Return a client with so many connections and no timeouts (httpx's own pool would exceed them)."""
+    """Return a client without timeouts, because calls on httpx's own pool would exceed the default ones."""
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
     return httpx.AsyncClient(transport=_transport(option, connections), limits=limits, timeout=None)
 
@@ -38,7 +38,7 @@ def _transport(option: str, connections: int) -> httpx.AsyncBaseTransport | None
 
 
 def poster(http: httpx.AsyncClient, url: str) -> frame.Refund:
-    """The coroutine function that POSTs something of a request's size."""
+    """Return a coroutine function that POSTs a body of a request's size."""
     padding = b"x" * 600
 
     async def post(number: int) -> None:

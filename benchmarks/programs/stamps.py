@@ -34,7 +34,7 @@ class TrustingKey(VerifyingKey):
 
 
 def merchant() -> Merchant:
-    """The workload's merchant, with such keys."""
+    """Return the workload's merchant, with keys without RSA."""
     private, public = StampingKey.generate(1024), SigningKey.generate(1024).public_key().to_pem()
     return Merchant(
         oid_partner=workload.OID_PARTNER,
@@ -46,7 +46,7 @@ def merchant() -> Merchant:
 
 
 def answer(no_refund: str, **changes: str) -> bytes:
-    """The body of the gateway's answer."""
+    """Return the body of the gateway's answer."""
     fields = {**workload.answer_fields(no_refund), **changes, "sign": _SIGNATURE}
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
 
