@@ -187,7 +187,7 @@ async def test_the_lifespan_sweeps_again_after_a_failure(handler, caplog, anyio_
         ("sweep: 0 refunds resolved, 0 still open", None),
         ("sweep: failed, and runs again in 900 s", JournalError),
         ("sweep: failed, and runs again in 900 s", stray),
-        ("sweep: ended, and does not run again", Halt),
+        ("sweep: ended, and does not run again: restart the service", Halt),
     ]
 
 
