@@ -188,7 +188,7 @@ class Merchant:
         try:
             document = tomllib.loads(plain_text(file.read_bytes(), errors="strict"))
         except OSError as error:
-            raise ConfigurationError(f"{file}: {error.strerror}") from None
+            raise ConfigurationError(f"{file}: cannot be read ({error.strerror})") from None
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1
             raise ConfigurationError(f"{file}: is not UTF-8 (at line {line}); save the file as UTF-8") from None

@@ -617,5 +617,5 @@ def test_unusable_path_is_refused(path, words):
 def test_unreadable_file_is_named(tmp_path):
     """A missing file and a directory are named with the system's reason."""
     missing = tmp_path / "missing.toml"
-    assert message_of(lambda: Merchant.from_toml(missing)) == f"{missing}: No such file or directory"
+    assert message_of(lambda: Merchant.from_toml(missing)) == f"{missing}: cannot be read (No such file or directory)"
     assert message_of(lambda: Merchant.from_toml(tmp_path)).startswith(f"{tmp_path}: ")

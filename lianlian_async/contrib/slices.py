@@ -198,7 +198,7 @@ class Slice:
                 yield request
 
     def _keep(self, request: RefundRequest, error: errors.LianLianError) -> None:
-        """Add the refund to a follow-up job; a permanent rejection needs none."""
+        """Add the refund to a follow-up job or a failed job; a permanent rejection needs neither."""
         match error:
             case errors.RefundOutcomeUnknown():
                 seconds = (error.ask_again_at - self._worker.session.clock().wall).total_seconds()

@@ -132,8 +132,8 @@ class NotificationEndpoint:
             raise errors.ConfigurationError(f"path: must begin with a slash, is {path!r}")
         self.merchant = merchant
         self.counts: Counter[str] = Counter()
-        """Number of notifications by :class:`Verdict`. Attempts of the inbox and of :meth:`sweep` to call the handler
-        are counted, too, as *acted* or *failed*."""
+        """Number of notifications by :class:`Verdict`. Tries of the inbox and of :meth:`sweep` to call the handler are
+        counted, too, as *acted* or *failed*."""
         self._on_refund = on_refund
         self._journal = NoJournal() if journal is None else journal
         self._session = session
