@@ -35,7 +35,7 @@ _SCAN_EVERY: Final = 30.0
 _LONGEST_BACKOFF: Final = 300.0
 """Seconds. The backoffs double from one second up to this."""
 MOST_RECENT: Final = 10_000
-"""Number of refunds that :class:`RecentRefunds` remembers after the handler has run."""
+"""Maximum number of refunds that :class:`RecentRefunds` remembers, unless more of them have a lease."""
 
 
 class RecentRefunds(MemoryJournal):
