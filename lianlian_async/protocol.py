@@ -116,9 +116,7 @@ class Protocol(NamedTuple):
                 f"; the signature is valid without the undocumented fields {others}. LianLian probably did not sign "
                 "them: report this to LianLian's support"
             )
-        raise errors.SignatureInvalid(
-            f"{subject} has an invalid signature: no configured gateway key verifies it{cause}"
-        )
+        raise errors.SignatureInvalid(f"{subject} has an invalid signature: no gateway key verifies it{cause}")
 
 
 # The findings from error codes; any other class of codes is UNCERTAIN. As the answer to an apply request, NOT_FOUND is
@@ -148,9 +146,7 @@ def _message(answer: HttpResponse) -> dict[str, str]:
         raise errors.MalformedMessage(f"HTTP status {answer.status}")
     encoding = answer.headers.get("content-encoding", "identity")
     if encoding.lower() not in ("", "identity") and not _is_charset(encoding):
-        raise errors.MalformedMessage(
-            f"the answer is compressed ({encoding[:32]}), although the request asked for identity"
-        )
+        raise errors.MalformedMessage(f"the answer is compressed ({encoding[:32]}), but the request asked for identity")
     fields = wire.decode(answer.body)
     if not fields.get("ret_code"):
         raise errors.MalformedMessage("the answer has no ret_code")

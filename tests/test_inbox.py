@@ -247,7 +247,7 @@ async def test_after_its_worker_has_ended_no_notification_is_acknowledged(journa
     handler.then = [aborts]
     async with inbox(journal, handler) as endpoint:
         await deliver(endpoint, 1)
-        await until(lambda: "so no notification is accepted" in caplog.text, look_every=1)
+        await until(lambda: "the inbox's worker has failed" in caplog.text, look_every=1)
         assert not is_acknowledged(await endpoint.handle(notification(2), HEADERS))
     assert "Abort: the end" in caplog.text
     assert "the inbox's worker has ended: open the NotificationEndpoint again" in caplog.text

@@ -329,7 +329,7 @@ def test_a_success_without_a_usable_signature_is_not_believed(asking, signature)
     [
         ({"bank_name": "x"}, "valid without the undocumented fields 'bank_name'"),
         ({"card_no": "6", "agreement_list": "[]"}, "without the undocumented fields 'agreement_list', 'card_no'"),
-        ({"rate": "1.0"}, "invalid signature: no configured gateway key verifies it"),
+        ({"rate": "1.0"}, "invalid signature: no gateway key verifies it"),
     ],
 )
 def test_unsigned_field_is_named_in_the_error(asking, unsigned, said):
@@ -344,7 +344,7 @@ def test_an_undocumented_field_does_not_explain_the_signature_of_another_key():
     """The error names unsigned fields only if the signature is valid without them."""
     reply = read(APPLY, {**made(APPLY.asked, STRANGER.private), "bank_name": "x"})
     assert_uncertain(reply, SignatureInvalid)
-    assert str(reply.error) == "answer 0000 has an invalid signature: no configured gateway key verifies it"
+    assert str(reply.error) == "answer 0000 has an invalid signature: no gateway key verifies it"
 
 
 def test_at_most_eight_undocumented_fields_are_named_in_part():

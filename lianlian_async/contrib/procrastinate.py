@@ -376,9 +376,7 @@ class RefundQueue:
             refunds = [row["refund"] for row in found[start : start + self._slice_size]]
             if lost := [refund for refund in refunds if await _is_open(session, refund)]:
                 await self._put([follow_up(lost, tries=1)])
-                logger.warning(
-                    "%d unresolved refunds are queued again: no started or follow-up job contains them", len(lost)
-                )
+                logger.warning("%d refunds are queued again: no started or follow-up job contains them", len(lost))
 
 
 async def _chunks(items: AsyncIterable[T], size: int) -> AsyncGenerator[list[T]]:

@@ -217,9 +217,7 @@ class Inbox:
 
 def _log_end(error: BaseException | None) -> None:
     if error is not None:
-        logger.error(
-            "the inbox's worker has failed, so no notification is accepted: open the endpoint again", exc_info=error
-        )
+        logger.error("the inbox's worker has failed: open the endpoint again to accept notifications", exc_info=error)
 
 
 def _intent(refund: Refund, lease: float) -> Intent:
