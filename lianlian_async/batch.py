@@ -42,8 +42,8 @@ def refund_many(
     number of requests (with ``wait_unknown``, also on the number of unknown outcomes). After an error of one refund the
     batch continues, except as listed under *Raises*. An item that is not a ``RefundRequest`` gives an outcome with
     ``InvalidRequest`` as its error and the item as its request; nothing is sent for it.
-    If you leave the loop early, or if it is cancelled, the batch ends: no further request is read, and running refunds
-    may stay unresolved, or be made without an outcome: without a journal, repeat them with ``query_first``. If a
+    If you leave the loop early, or if it is cancelled, the batch ends. No further request is read. Running refunds may
+    stay unresolved, or be made although you get no outcome: without a journal, repeat them with ``query_first``. If a
     variable keeps the iterator alive, call ``aclose``, or use ``contextlib.aclosing``.
 
     Args:

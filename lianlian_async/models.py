@@ -58,7 +58,7 @@ def expect(value: object, kind: type, name: str) -> None:
 
 def check_storable(value: Any, name: str) -> str:
     """Return ``value``. Raises ``InvalidRequest`` about ``name`` unless it is a string that can be stored."""
-    # A journal writes many refunds at once: another value would make the writes of all of them fail.
+    # A journal writes many refunds at once: one value that it cannot store would make all their writes fail.
     expect(value, str, name)
     if _NOT_STORABLE.search(value):
         raise InvalidRequest([Problem(name, "must not contain NUL or a lone surrogate", _shown(value))])
@@ -306,7 +306,8 @@ class RefundRecord:
     ) -> Self:
         """Return the record in a received mapping; :meth:`to_dict` returns this mapping.
 
-        A missing field has the value in ``asked``, the wire fields of the request; the caller must have compared both.
+        A missing field has the value in ``asked``, the wire fields of the request; the caller has
+        checked that ``data`` and ``asked`` agree.
         The result is a :class:`Refund` if ``no_refund`` and ``money_refund`` are known; else ``Refund.from_dict``
         raises ``InvalidRequest``. A value that is neither a string nor None raises it, too. An unreadable field is
         None, and its text is in ``extra``.

@@ -86,8 +86,8 @@ async def learn(journal: Journal, refund: Record, now: Moment, source: str = "qu
 
     ``source`` is *query*, *notification* or *statement*: the journal adds this fact if the recorded state changes.
     A refund without an entry is returned unchanged. Raises ``RefundConflict`` if ``refund`` differs from the request
-    (recorded if unresolved) or contradicts the recorded outcome. Raises ``AnswerMismatch`` or ``IncompleteRecord`` if
-    it is, or may be, the record of another refund; then the journal does not change.
+    (recorded if no outcome is) or contradicts the recorded outcome. Raises ``AnswerMismatch`` or ``IncompleteRecord``
+    if it is, or may be, the record of another refund; then the journal does not change.
     """
     number = str(refund.no_refund)
     entry = await journal.find(number)

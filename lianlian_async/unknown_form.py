@@ -96,6 +96,6 @@ def _parse(name: str, given: Any, kind: type) -> Any:
         with suppress(ValueError):
             value = datetime.fromisoformat(given)
     if type(value) is not kind or (isinstance(value, datetime) and value.tzinfo is None):
-        rule = "must be a time with a UTC offset" if kind is datetime else f"must be of type {kind.__name__}"
-        raise InvalidRequest([Problem(name, rule, type(given).__name__)])
+        rules = {datetime: "must be a time with a UTC offset", float: f"must be a number below {LONGEST:g}"}
+        raise InvalidRequest([Problem(name, rules.get(kind, f"must be of type {kind.__name__}"), type(given).__name__)])
     return value

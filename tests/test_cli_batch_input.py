@@ -596,7 +596,7 @@ def test_dry_run_needs_no_keys(file):
     ended = run("batch", file, "--dry-run")
     assert ended.exit_code == 0
     assert "missing: LIANLIAN_OID_PARTNER, LIANLIAN_PRIVATE_KEY" in ended.stderr
-    assert "oid_partner, a missing notify_url and the journal are not checked" in ended.stderr
+    assert "not checked: oid_partner, whether notify_url is missing, and the journal" in ended.stderr
     assert "│ yuan                        │ 10.00 " in ended.stdout
     assert run("batch", file, "--yes").exit_code == 2
 

@@ -407,7 +407,7 @@ def test_prompt_counts_refunds_in_the_journal(env, gateway, file, home, monkeypa
     assert "│ open                        │ 1 " in people.stdout
     with pytest.raises(click.Abort):
         on_a_terminal(monkeypatch, "n\n", "batch", file, env=env)
-    assert "Send 2 new refunds, 20.00 yuan, and resolve 1 open ones?" in capsys.readouterr().err
+    assert "Send 2 new refunds, 20.00 yuan, and resolve 1 unresolved ones?" in capsys.readouterr().err
 
 
 def test_postgresql_journal_is_counted(env, gateway, file, database):

@@ -356,8 +356,8 @@ def test_journal_of_another_schema(made):
     with sqlite3.connect(made["LIANLIAN_JOURNAL"]) as database:
         database.execute("PRAGMA user_version = 999")
     state, text, cure = lines(made, "--offline", exit_code=1)["journal"]
-    assert (state, cure) == ("failure", "resolve its open refunds with the release that created it")
-    assert "schema version 999, but this release needs" in text
+    assert (state, cure) == ("failure", "install the release that upgraded it, or a later one")
+    assert "schema version 999, and this release supports" in text
 
 
 def test_file_that_is_no_journal(made, tmp_path):

@@ -134,6 +134,7 @@ async def test_a_conflict_tells_the_exchange_of_the_other_record():
     proxy = Proxy(sandbox())
     async with proxy.session() as session:
         await session.apply_refund(refund_request(money_refund=Decimal("5.00")))
+    async with proxy.session() as session:
         error = await error_of(RefundConflict, session.apply_refund, refund_request())
     assert error.last_exchange.status == 200
 

@@ -67,8 +67,8 @@ ONCE = RetryPolicy(attempts=1)
 
 
 @contextlib.asynccontextmanager
-async def transport_over(*, client=None, transport=None, max_connections=4):
-    opened = await HttpSender.open(client, transport, max_connections)
+async def transport_over(*, client=None, transport=None, max_connections=4, urls=()):
+    opened = await HttpSender.open(client, transport, max_connections, urls=urls)
     try:
         yield opened
     finally:
@@ -874,8 +874,9 @@ async def test_a_request_through_the_tunnel_of_a_proxy(self_signed, monkeypatch)
 
         async with serving(tunnel) as proxy:
             monkeypatch.setenv("HTTPS_PROXY", proxy.url)
-            async with transport_over() as transport:
-                delivery = await transport.post(server.url.replace("http:", "https:"), b"{}", 5.0)
+            url = server.url.replace("http:", "https:")
+            async with transport_over(urls=[url]) as transport:
+                delivery = await transport.post(url, b"{}", 5.0)
     assert isinstance(delivery, HttpResponse), delivery
     assert proxy.opened == 1
 

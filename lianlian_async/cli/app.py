@@ -29,7 +29,7 @@ At `ask_again_at`, run `lianlian query`, or repeat the same `lianlian batch`, wh
 `lianlian batch` sends the refund again only if LianLian has no record 15 minutes after the last attempt.""",
     "journal": """\
 A journal records each refund before it is sent, and later its outcome. After a crash, run the same batch again.
-One process at a time sends with a journal file: by default one in your application folder, else --journal PATH.
+The journal is a file in your application folder, or --journal PATH. One process at a time can send with it.
 Several processes share a journal in PostgreSQL. Put its URL into LIANLIAN_JOURNAL.
 `lianlian journal show` lists the oldest unknown refunds; `lianlian journal resume` tries to resolve all of them.
 Never delete a journal. If it is lost, wait 15 minutes after the last run: LianLian may show a
@@ -118,8 +118,8 @@ def help_topic(ctx: click.Context, topic: str | None) -> None:
     ],
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
     epilog="Exit codes: 0 all refunds made, or no error; 2 wrong usage, request or configuration (nothing was sent); "
-    "3 rejected, failed, invalid or different; 4 some unknown (query them); 5 invalid signature; 130 interrupted; "
-    "1 other error.",
+    "3 a refund was rejected or failed, invalid lines were skipped, or a statement differs; 4 some unknown (query "
+    "them); 5 invalid signature; 130 interrupted; 1 other error.",
 )
 @click.option(
     "--version",

@@ -91,8 +91,9 @@ def reconcile() -> None:
     "--health-file",
     metavar="PATH",
     type=options.any_file,
-    help="File for a health check. A progress report updates the file's time if the database answers, unless refunds "
-    "are in flight and none has ended. If the file is older than --deadline plus 30 s, worker or database hangs.",
+    help="File for a health check. A progress report updates the file's time if the database answers, and if a refund "
+    "has ended since the last report or none is in flight. If the file is older than --deadline plus 30 s, worker or "
+    "database hangs.",
 )
 @click.option(
     "--interval", metavar="SECONDS", type=options.Number(0.1, 20), default=10.0, help="Time between progress reports."
@@ -220,8 +221,8 @@ def backup() -> None:
     """Copy a journal file to FILE, which must not exist.
 
     Other processes may use the journal meanwhile. FILE appears when the copy is complete. It can be read, but only
-    `lianlian journal restore` makes it a journal again. FILE lacks the inbox of notifications and later
-    returns of on_refund, so after a restore on_refund may be called again for a refund.
+    `lianlian journal restore` makes it a journal again. FILE lacks the inbox of notifications, and which
+    calls of on_refund return after the copy. So after a restore, on_refund may be called again for a refund.
     """
 
 
@@ -274,5 +275,6 @@ def send() -> None:
 def verify_notification() -> None:
     """Verify a notification, and show its refund.
 
-    FILE is the body as received (- is stdin). It is verified as by an endpoint without a session and a journal.
+    FILE is the body as received (- is stdin). It must have no_refund, money_refund and sta_refund:
+    this command does not query them.
     """

@@ -90,7 +90,7 @@ async def _work(merchant: Merchant, dsn: str, progress: Progress, options: dict[
 
 
 class _Notes(logging.Handler):
-    """Shows each warning and error in one line that this library, procrastinate or another library logs."""
+    """Shows, in one line, each warning and error that this library, procrastinate or another library logs."""
 
     def __init__(self, output: Output) -> None:
         super().__init__(logging.WARNING)

@@ -39,7 +39,7 @@ class State(StrEnum):
 
     @property
     def is_made(self) -> bool:
-        """Whether the refund was made, according to the gateway, a statement or a person."""
+        """Whether the refund was made, according to the gateway, a statement or a person. It may have failed later."""
         return self in (State.ACCEPTED, State.FINAL, State.DONE)
 
 
@@ -97,7 +97,12 @@ def _bounded(lines: list[str]) -> str:
 
 def upgrade_steps(journal: str, version: int, newest: int, steps: Mapping[int, T]) -> list[T]:
     """Return the ``steps`` from schema ``version`` to ``newest``; raises :class:`JournalError` if there is no way."""
-    if version > newest or not steps.keys() >= set(range(version, newest)):
+    if version > newest:
+        raise JournalError(
+            f"journal {journal} has schema version {version}, and this release supports {newest} at most; install the "
+            "release that upgraded it, or a later one"
+        )
+    if not steps.keys() >= set(range(version, newest)):
         raise JournalError(
             f"journal {journal} has schema version {version}, but this release needs {newest}; "
             "resolve its open refunds with the release that created it"

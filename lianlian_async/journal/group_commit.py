@@ -146,7 +146,9 @@ class GroupCommitJournal(Journal):
                 await queued.done.wait()
         except BaseException:  # a begin is taken back; any other operation is recorded nevertheless
             if isinstance(begin := operation.apply, Begin) and self._failure is None:
-                begin.is_taken_back = True  # at once: a retry of this begin may run beside its take_back
+                begin.is_taken_back = (
+                    True  # set now, not by take_back: PostgresJournal may be about to repeat this begin
+                )
                 self._put(Operation(operation.no_refund, begin.take_back))
             raise
         if queued.result.error is not None:

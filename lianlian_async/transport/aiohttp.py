@@ -55,7 +55,7 @@ class _ClientRequest(aiohttp.ClientRequest):
             raise SendRefusedError("an idle connection received unexpected bytes")
         sock = cast("asyncio.Transport", conn.transport).get_extra_info("socket")
         reset_when_closed(sock)
-        # Called when conn is released; after that, _Response.close sets SO_LINGER to 0 again.
+        # Called when conn is released or closed. _Response.close then resets it if it was not read to its end.
         conn.add_callback(partial(close_normally, sock))
         return await super().send(conn)
 
@@ -88,7 +88,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         """Send ``request`` and return the head of its response."""
         session = self._session or self._open()
         if request.url.scheme not in ("http", "https") or not request.url.host:
-            raise httpx.UnsupportedProtocol(f"no http or https URL: {request.url}")
+            raise httpx.UnsupportedProtocol(f"not an absolute http or https URL: {request.url}")
         timeout = request.extensions.get("timeout", {})
         stream = cast("httpx.AsyncByteStream", request.stream)
         data = LeasedPayload(stream) if isinstance(stream, Body) else b"".join([chunk async for chunk in stream])

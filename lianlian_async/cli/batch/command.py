@@ -81,8 +81,8 @@ def _find_journal(
     except (ConfigurationError, click.UsageError) as error:
         if not options["dry_run"]:
             raise
-        missing = "the journal is" if merchant else "oid_partner, a missing notify_url and the journal are"
-        output.note(f"{error}; {missing} not checked")
+        unchecked = "the journal" if merchant else "oid_partner, whether notify_url is missing, and the journal"
+        output.note(f"{error}; not checked: {unchecked}")
         return merchant, None
 
 
@@ -192,7 +192,7 @@ class _Batch:
         if self.totals.total and not self.options["yes"]:
             facts = {"merchant": self.merchant.oid_partner, "endpoint": self.merchant.endpoints.apply}
             facts |= {"journal": journal, **results.file_facts(self.checked, self.in_journal)}
-            resolved = f", and resolve {found['open']:,} open ones" if found["open"] else ""
+            resolved = f", and resolve {found['open']:,} unresolved ones" if found["open"] else ""
             question = f"Send {found['new']:,} new refunds, {self.in_journal.new_yuan:,.2f} yuan{resolved}?"
             self.output.confirm(self.file, facts, question)
         elif found["new"] < self.totals.total:

@@ -17,7 +17,7 @@ _NARROW: Final[dict[int, int | str]] = {
     **dict.fromkeys((0xA0, *range(0x2002, 0x200B), 0x202F, 0x205F, 0x3000), " "),
     0xFFE5: "¥",
 }
-"""Normal characters by full-width ones and wide blanks. Not NFKC: it would read ² or ① as a digit of the amount."""
+"""Full-width characters and special spaces, each with its normal one. Not NFKC: it would read ² or ① as a digit."""
 
 
 def _normal(text: str) -> str:
@@ -77,7 +77,7 @@ def money_reader(form: str) -> Callable[[str], str]:
 
 
 def _plain(parse: Callable[[str], object], option: str) -> Callable[[str], str]:
-    """Return a function that returns its text if it is in wire form; else its ``ValueError`` names ``option``."""
+    """Return a function that returns a text in wire form; for another, it raises a ``ValueError`` with ``option``."""
 
     def read(text: str) -> str:
         try:

@@ -83,8 +83,8 @@ def _read_faults(_ctx: click.Context, _option: click.Parameter, values: Iterable
     metavar="[URL]",
     is_flag=False,
     flag_value="http://127.0.0.1:8000/lianlian/refund",
-    help="Send notifications of final refunds as LianLian does. URL is LIANLIAN_NOTIFY_URL in the environment file "
-    "(default: /lianlian/refund on port 8000 of this machine).",
+    help="Send notifications of final refunds as LianLian does. URL is written to the environment file as "
+    "LIANLIAN_NOTIFY_URL (default: /lianlian/refund on port 8000 of this machine).",
 )
 @click.option(
     "--statement",
