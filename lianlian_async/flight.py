@@ -140,7 +140,7 @@ class Flights:
     def _open_case(self, flight: Flight, fields: Mapping[str, str], standing: Standing, entry: Entry) -> Case:
         """Return the case of a leased refund, with what its ``entry`` says about earlier calls."""
         call, has_lease = flight.call, partial(self._is_before, flight.last_send)
-        if entry.leased_until is not None and not isinstance(call.journal, OpenRefunds):
+        if entry.leased_until is not None and call.journal is not self._open_refunds:
             flight.reads_at.at = anyio.current_time() + _READ_AGAIN
             flight.last_send.at = min(flight.last_send.at, entry.leased_until.boot)
         is_open = partial(self._is_open, call, flight.reads_at)
